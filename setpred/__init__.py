@@ -1,0 +1,3 @@
+"""PyTorch layers for predicting sets."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,64 @@
+"""Checks of what users pass in: one wording for every error.
+
+An error names the argument, what was expected and what came. Only shapes, dtypes and Python values
+are checked: looking at tensor values would wait for the device and break `torch.compile`.
+"""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise unless ``value`` is a tensor of a floating dtype."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a tensor, got {_described(value)}")
+    if not value.is_floating_point():
+        raise TypeError(f"`{name}` must have a floating dtype, got {_described(value)}")
+
+
+def check_shape(name: str, value: Tensor, *shape: int | str) -> None:
+    """Raise unless ``value`` is a floating tensor of ``shape``: ints are exact sizes, strings are free ones."""
+    check_tensor(name, value)
+    if value.dim() != len(shape) or any(
+        isinstance(size, int) and size != came for size, came in zip(shape, value.shape, strict=True)
+    ):
+        expected = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
+        raise ValueError(f"`{name}` must have shape ({expected}), got {_described(value)}")
+
+
+def check_mask(name: str, mask: Tensor | None, shape: torch.Size | tuple[int, ...]) -> None:
+    """Raise unless ``mask`` is None, or bool or floating of exactly ``shape``."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"`{name}` must be a tensor or None, got {_described(mask)}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"`{name}` must be bool or floating (1 = present), got {_described(mask)}")
+    if mask.shape != torch.Size(shape):
+        raise ValueError(f"`{name}` must have shape {tuple(shape)}, got {_described(mask)}")
+
+
+def check_choice(name: str, value: object, choices: Collection[object]) -> None:
+    """Raise unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_at_least(name: str, value: float, least: float) -> None:
+    """Raise unless ``value >= least`` (NaN raises too)."""
+    if not value >= least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value!r}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise unless ``value > 0`` (NaN raises too)."""
+    if not value > 0:
+        raise ValueError(f"`{name}` must be positive, got {value!r}")

@@ -1,0 +1,96 @@
+"""Representation loss: how far a set's encoding is from a target vector."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from setpred._checks import check_choice, check_shape
+
+Kind = Literal["huber", "mse"]
+Reduction = Literal["mean", "sum", "none"]
+KINDS = ("huber", "mse")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def reduce(value: Tensor, reduction: Reduction) -> Tensor:
+    """Mean (0 for an empty batch, not NaN), sum, or the values themselves."""
+    if reduction == "none":
+        return value
+    return value.sum() / max(value.numel(), 1) if reduction == "mean" else value.sum()
+
+
+def representation_loss(
+    representation: Tensor, target: Tensor, *, kind: Kind = "huber", reduction: Reduction = "mean"
+) -> Tensor:
+    r"""Distance between encoded sets and their target vectors, a mean over features.
+
+    .. math::
+        \mathcal{L}_\text{repr}(Y, z) = \frac{1}{D} \sum_{d=1}^{D} \ell(H(Y)_d - z_d), \qquad
+        \ell(x) = \begin{cases} x^2/2 & |x| < 1 \\ |x| - 1/2 & \text{else} \end{cases} \;\text{(huber)}, \quad
+        \ell(x) = x^2/2 \;\text{(mse)}
+
+    Computed in float32 at least, whatever the inputs' dtypes.
+
+    Args:
+        representation: Encoded sets H(Y), shape ``(B, D)``.
+        target: Target vectors z, shape ``(B, D)``.
+        kind: ``"huber"`` (smooth L1 with beta 1, the paper's experiments) or ``"mse"`` (half the squared error, iDSPN).
+        reduction: ``"mean"`` or ``"sum"`` over samples, or ``"none"``: shape ``(B,)``.
+
+    Returns:
+        A scalar, or shape ``(B,)``.
+
+    Raises:
+        ValueError: If the shapes differ or are not ``(B, D)``, or a choice is unknown.
+        TypeError: If a dtype is not floating.
+
+    Example:
+        >>> representation_loss(torch.zeros(1, 2), torch.tensor([[1.0, 3.0]]))
+        tensor(1.5000)
+
+    Source: Zhang et al. (NeurIPS 2019), equation 3 and section 3.2 (Huber).
+    """
+    check_shape("representation", representation, "B", "D")
+    check_shape("target", target, *representation.shape)
+    check_choice("kind", kind, KINDS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    dtype = torch.promote_types(torch.promote_types(representation.dtype, target.dtype), torch.float32)
+    representation, target = representation.to(dtype), target.to(dtype)
+    if kind == "huber":
+        value = F.smooth_l1_loss(representation, target, reduction="none")
+    else:
+        value = 0.5 * (representation - target).square()
+    return reduce(value.mean(-1), reduction)
+
+
+class RepresentationLoss(nn.Module):
+    """Module form of :func:`representation_loss`.
+
+    Args:
+        kind: ``"huber"`` or ``"mse"``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Raises:
+        ValueError: If a choice is unknown.
+
+    Example:
+        >>> RepresentationLoss("mse")(torch.zeros(1, 2), torch.tensor([[1.0, 3.0]]))
+        tensor(2.5000)
+
+    Source: Zhang et al. (NeurIPS 2019), equation 3.
+    """
+
+    def __init__(self, kind: Kind = "huber", *, reduction: Reduction = "mean") -> None:
+        super().__init__()
+        check_choice("kind", kind, KINDS)
+        check_choice("reduction", reduction, REDUCTIONS)
+        self.kind, self.reduction = kind, reduction
+
+    def forward(self, representation: Tensor, target: Tensor) -> Tensor:
+        """See :func:`representation_loss`."""
+        return representation_loss(representation, target, kind=self.kind, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"{self.kind!r}, reduction={self.reduction!r}"

@@ -1,0 +1,110 @@
+"""Sets in batches: what a decoder returns, and the way between lists of sets and padded tensors."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from setpred._checks import check_mask, check_shape
+
+
+class Trajectory(NamedTuple):
+    r"""Every step of the inner optimisation that made a prediction.
+
+    Attributes:
+        elements: :math:`Y_0 \dots Y_T`, shape ``(T+1, B, N, C)``; step 0 is the initial set.
+        mask: Presence at each step, shape ``(T+1, B, N)``.
+        repr_loss: Representation loss of each sample before each step, shape ``(T, B)``.
+        grad_norm: Euclidean norm of each sample's inner gradient before clipping, shape ``(T, B)``.
+
+    Source: Zhang et al., Deep Set Prediction Networks (NeurIPS 2019), Algorithm 1.
+    """
+
+    elements: Tensor
+    mask: Tensor
+    repr_loss: Tensor
+    grad_norm: Tensor
+
+
+class SetPrediction(NamedTuple):
+    """A batch of predicted sets, as every decoder returns it.
+
+    Attributes:
+        elements: Set elements, shape ``(B, N, C)``.
+        mask: Presence of each element in [0, 1], shape ``(B, N)``; ones where the decoder carries no mask.
+        trajectory: The inner steps, or None where nothing was recorded.
+
+    Example:
+        >>> prediction = SetPrediction(torch.rand(2, 5, 3), torch.ones(2, 5))
+        >>> elements, mask, trajectory = prediction
+        >>> elements.shape, mask.shape, trajectory
+        (torch.Size([2, 5, 3]), torch.Size([2, 5]), None)
+    """
+
+    elements: Tensor
+    mask: Tensor
+    trajectory: Trajectory | None = None
+
+
+def pad_sets(sets: Sequence[Tensor], size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Stack sets of different sizes into one zero-padded batch.
+
+    Args:
+        sets: B sets of shapes ``(n_i, C)``, one dtype and device; ``n_i`` may be 0.
+        size: Number of rows N of the batch, by default the largest ``n_i``.
+
+    Returns:
+        Elements of shape ``(B, N, C)``, zero where absent, and a bool mask of shape ``(B, N)``, True where present.
+
+    Raises:
+        ValueError: If there is no set, one has another rank or C, or one is larger than ``size``.
+        TypeError: If a set is not a floating tensor.
+
+    Example:
+        >>> elements, mask = pad_sets([torch.ones(1, 2), torch.ones(3, 2)])
+        >>> elements.shape
+        torch.Size([2, 3, 2])
+        >>> mask
+        tensor([[ True, False, False],
+                [ True,  True,  True]])
+    """
+    if len(sets) == 0:
+        raise ValueError("`sets` must hold at least one set, got none")
+    check_shape("sets[0]", sets[0], "n", "C")
+    for i, elements in enumerate(sets):
+        check_shape(f"sets[{i}]", elements, "n", sets[0].shape[1])
+    sizes = torch.tensor([len(elements) for elements in sets], device=sets[0].device)
+    longest = max(len(elements) for elements in sets)
+    size = longest if size is None else size
+    if longest > size:
+        raise ValueError(f"`size` must be at least the largest set's {longest} elements, got {size}")
+    padded = F.pad(pad_sequence(list(sets), batch_first=True), (0, 0, 0, size - longest))
+    return padded, torch.arange(size, device=sizes.device) < sizes.unsqueeze(1)
+
+
+def unpad_sets(elements: Tensor, mask: Tensor, threshold: float = 0.5) -> list[Tensor]:
+    """Cut a batch into its sets: the inverse of :func:`pad_sets`, up to the place of the padding.
+
+    Args:
+        elements: Shape ``(B, N, C)``.
+        mask: Bool or float in [0, 1], shape ``(B, N)``.
+        threshold: An element is present where its mask is greater than this.
+
+    Returns:
+        B tensors of shapes ``(n_i, C)``, rows in their old order.
+
+    Raises:
+        ValueError: If a shape is wrong.
+        TypeError: If a dtype is wrong.
+
+    Example:
+        >>> sets = [torch.ones(1, 2), torch.ones(3, 2)]
+        >>> [tuple(s.shape) for s in unpad_sets(*pad_sets(sets))]
+        [(1, 2), (3, 2)]
+    """
+    check_shape("elements", elements, "B", "N", "C")
+    check_mask("mask", mask, elements.shape[:2])
+    return [rows[present] for rows, present in zip(elements, mask > threshold, strict=True)]
