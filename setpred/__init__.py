@@ -1,3 +1,33 @@
-"""PyTorch layers for predicting sets."""
+"""PyTorch layers for predicting sets.
+
+A backbone gives a vector, a decoder makes a set of it, a loss compares it with the target set:
+
+    vector (B, D) -> DSPNDecoder(encoder) -> elements (B, N, C) and mask (B, N) -> HungarianLoss
+"""
+
+from setpred import functional
+from setpred.decoders import DSPNDecoder, LSTMDecoder, MLPDecoder
+from setpred.encoders import FSPool, FSUnpool, PooledEncoder, RelationEncoder, SetEncoder
+from setpred.losses import DSPNLoss, RepresentationLoss, representation_loss
+from setpred.sets import SetPrediction, Trajectory, pad_sets, unpad_sets
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "SetPrediction",
+    "Trajectory",
+    "pad_sets",
+    "unpad_sets",
+    "SetEncoder",
+    "FSPool",
+    "FSUnpool",
+    "PooledEncoder",
+    "RelationEncoder",
+    "DSPNDecoder",
+    "MLPDecoder",
+    "LSTMDecoder",
+    "RepresentationLoss",
+    "representation_loss",
+    "DSPNLoss",
+    "functional",
+]

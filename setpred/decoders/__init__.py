@@ -1,1 +1,7 @@
-"""decoders"""
+"""Decoders: a vector becomes a set and its mask."""
+
+from setpred.decoders.dspn import DSPNDecoder
+from setpred.decoders.lstm import LSTMDecoder
+from setpred.decoders.mlp import MLPDecoder
+
+__all__ = ["DSPNDecoder", "MLPDecoder", "LSTMDecoder"]

@@ -5,6 +5,8 @@ batch; the objective gives one value per sample, and its sum over the batch is w
 sample's steps never depend on the samples beside it.
 """
 
+from __future__ import annotations  # torch.compile cannot evaluate the annotations of nested functions
+
 from collections.abc import Callable
 from typing import Generic, Literal, NamedTuple, TypeVar
 
@@ -98,10 +100,10 @@ def descend(
     ``differentiate`` says what an outer backward pass sees:
 
     - ``"unrolled"`` differentiates every step; memory grows with ``steps``.
-    - ``"implicit"`` runs the loop without a graph. At the point :math:`y` before the last step one gradient
-      :math:`g` gets a graph, and the outer gradient flows through :math:`P(y - g) - y`, with :math:`y` held constant: the
-      implicit function theorem with the Hessian taken as the identity. ``lr``, momentum and clipping do not enter, and
-      nothing flows to ``init``, except where the objective itself depends on it. Memory is that of one step.
+    - ``"implicit"`` runs the loop without a graph. At the point :math:`y` before the last step one gradient :math:`g`
+      gets a graph, and the outer gradient flows through :math:`P(y - g) - y` with :math:`y` held constant: the implicit
+      function theorem with the Hessian taken as the identity. ``lr``, momentum and clipping do not enter, and nothing
+      flows to ``init``, except where the objective itself depends on it. Memory is that of one step.
 
     Without grad mode both give the same values and no graph.
 
@@ -127,6 +129,7 @@ def descend(
 
     Raises:
         ValueError: If an argument is out of its range, or the objective does not give one value per sample.
+        RuntimeError: If ``"autograd"`` is asked for under ``inference_mode``.
 
     Example:
         >>> target = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
@@ -145,6 +148,11 @@ def descend(
         raise ValueError("`momentum` must be positive when `nesterov` is True, got 0")
     if grad_clip is not None:
         check_positive("grad_clip", grad_clip)
+    if gradient == "autograd" and torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "`gradient='autograd'` cannot run under torch.inference_mode(): use torch.no_grad(). A decoder falls back "
+            "to it for an encoder with BatchNorm in training mode (call .eval() on it) or with backward hooks"
+        )
 
     # One form from here on: tuples.
     single = isinstance(init, Tensor)
@@ -169,9 +177,7 @@ def descend(
         direction = grad
         if momentum != 0:
             velocity = (
-                grad
-                if velocity is None
-                else tuple(momentum * v + g for v, g in zip(velocity, grad, strict=True))
+                grad if velocity is None else tuple(momentum * v + g for v, g in zip(velocity, grad, strict=True))
             )
             direction = velocity
             if nesterov:
@@ -179,9 +185,7 @@ def descend(
         new = projected(tuple(part - lr * d for part, d in zip(y, direction, strict=True)))
         if tol is not None:
             moving = at.loss > tol
-            new = tuple(
-                torch.where(_per_sample(moving, n), n, part) for n, part in zip(new, y, strict=True)
-            )
+            new = tuple(torch.where(_per_sample(moving, n), n, part) for n, part in zip(new, y, strict=True))
         return new, velocity
 
     y, velocity = unpacked(init), None

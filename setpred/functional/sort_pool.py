@@ -176,9 +176,7 @@ def sort_unpool(vector: Tensor, permutation: Tensor, weight: Tensor, mask: Tenso
     if permutation.is_floating_point():
         check_shape("permutation", permutation, batch, channels, "N", permutation.shape[-1])
     elif permutation.dim() != 3 or permutation.shape[::2] != (batch, channels):
-        raise ValueError(
-            f"`permutation` must have shape ({batch}, N, {channels}), got {tuple(permutation.shape)}"
-        )
+        raise ValueError(f"`permutation` must have shape ({batch}, N, {channels}), got {tuple(permutation.shape)}")
     size = permutation.shape[-1] if permutation.is_floating_point() else permutation.shape[1]
     check_mask("mask", mask, (batch, size))
     weights = _element_weights(weight, permutation, mask)

@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from setpred._checks import check_choice, check_shape
 
@@ -92,5 +93,6 @@ class RepresentationLoss(nn.Module):
         """See :func:`representation_loss`."""
         return representation_loss(representation, target, kind=self.kind, reduction=self.reduction)
 
+    @override
     def extra_repr(self) -> str:
         return f"{self.kind!r}, reduction={self.reduction!r}"

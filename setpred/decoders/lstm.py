@@ -1,0 +1,84 @@
+"""LSTMDecoder: the recurrent baseline, a sequence of outputs taken for a set."""
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from setpred._checks import check_at_least, check_shape
+from setpred.decoders.mlp import as_prediction
+from setpred.sets import SetPrediction
+
+
+class LSTMDecoder(nn.Module):
+    """Decode vectors into sets by an LSTM that emits one element a step.
+
+    The vector, mapped to the cell's width, is the initial cell state; the hidden state and the inputs are zeros. Each
+    step's hidden state is mapped to one element. A baseline, not a recommendation.
+
+    Args:
+        in_channels: Size D of the vectors.
+        set_size: Largest number of elements N, the number of steps.
+        channels: Features C of an element, without the mask.
+        hidden_channels: Width of the cell; the paper has 256 for MNIST, 512 for CLEVR.
+        mask_clamp: Range of the predicted mask; None predicts no mask (sets of fixed size).
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: If a number is out of its range.
+
+    Example:
+        >>> elements, mask, _ = LSTMDecoder(64, set_size=30, channels=2)(torch.randn(8, 64))
+        >>> elements.shape, mask.shape
+        (torch.Size([8, 30, 2]), torch.Size([8, 30]))
+
+    Source: Zhang et al. (NeurIPS 2019), Appendix B.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        set_size: int,
+        channels: int,
+        hidden_channels: int = 512,
+        *,
+        mask_clamp: tuple[float, float] | None = (0.0, 1.0),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_at_least("set_size", set_size, 1)
+        check_at_least("channels", channels, 1)
+        self.in_channels, self.set_size, self.channels = in_channels, set_size, channels
+        self.mask_clamp = mask_clamp
+        width = channels + int(mask_clamp is not None)
+        self.cell = nn.Linear(in_channels, hidden_channels, device=device, dtype=dtype)
+        self.lstm = nn.LSTM(1, hidden_channels, batch_first=True, device=device, dtype=dtype)
+        self.output = nn.Linear(hidden_channels, width, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw new parameters, as `nn.Linear` and `nn.LSTM` do."""
+        for layer in (self.cell, self.lstm, self.output):
+            layer.reset_parameters()
+
+    def forward(self, z: Tensor) -> SetPrediction:
+        """Decode vectors into sets.
+
+        Args:
+            z: Shape ``(B, in_channels)``.
+
+        Returns:
+            The predicted sets; masks in ``mask_clamp``, no trajectory.
+
+        Raises:
+            ValueError: If the shape is wrong.
+            TypeError: If the dtype is not floating.
+        """
+        check_shape("z", z, "B", self.in_channels)
+        cell = self.cell(z).unsqueeze(0)
+        steps, _ = self.lstm(cell.new_zeros(len(z), self.set_size, 1), (torch.zeros_like(cell), cell))
+        return as_prediction(self.output(steps), self.channels, self.mask_clamp)
+
+    @override
+    def extra_repr(self) -> str:
+        return f"set_size={self.set_size}, channels={self.channels}, mask_clamp={self.mask_clamp}"

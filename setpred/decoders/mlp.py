@@ -1,0 +1,97 @@
+"""MLPDecoder: the usual baseline, a list of outputs taken for a set."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from setpred._checks import check_at_least, check_shape
+from setpred.sets import SetPrediction
+
+
+def as_prediction(output: Tensor, channels: int, mask_clamp: tuple[float, float] | None) -> SetPrediction:
+    """Split a baseline's output (B, N, C[+1]) into elements and mask.
+
+    As published, 1 is added to the mask: without it, outputs get stuck at zero. The value is clamped but the derivative
+    is that of the unclamped output, since a clamp would leave an output that starts above 1 there for good.
+    """
+    elements = output[..., :channels]
+    if mask_clamp is None:
+        return SetPrediction(elements, torch.ones_like(output[..., 0]))
+    mask = output[..., channels] + 1
+    return SetPrediction(elements, mask + (mask.clamp(*mask_clamp) - mask).detach())
+
+
+class MLPDecoder(nn.Module):
+    """Decode vectors into sets by a three-layer MLP with one output per slot and feature.
+
+    The order of its outputs is fixed by its weights, which is what makes it discontinuous as a predictor of sets (the
+    responsibility problem). A baseline, not a recommendation.
+
+    Args:
+        in_channels: Size D of the vectors.
+        set_size: Largest number of elements N.
+        channels: Features C of an element, without the mask.
+        hidden_channels: Width of the two hidden layers; the paper has 256 for MNIST, 512 for CLEVR.
+        mask_clamp: Range of the predicted mask; None predicts no mask (sets of fixed size).
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: If a number is out of its range.
+
+    Example:
+        >>> elements, mask, _ = MLPDecoder(64, set_size=30, channels=2)(torch.randn(8, 64))
+        >>> elements.shape, mask.shape
+        (torch.Size([8, 30, 2]), torch.Size([8, 30]))
+
+    Source: Zhang et al. (NeurIPS 2019), Appendix B.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        set_size: int,
+        channels: int,
+        hidden_channels: int = 512,
+        *,
+        mask_clamp: tuple[float, float] | None = (0.0, 1.0),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_at_least("set_size", set_size, 1)
+        check_at_least("channels", channels, 1)
+        self.in_channels, self.set_size, self.channels = in_channels, set_size, channels
+        self.mask_clamp = mask_clamp
+        width = channels + int(mask_clamp is not None)
+        self.input = nn.Linear(in_channels, hidden_channels, device=device, dtype=dtype)
+        self.hidden = nn.Linear(hidden_channels, hidden_channels, device=device, dtype=dtype)
+        self.output = nn.Linear(hidden_channels, set_size * width, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw new parameters, as `nn.Linear` does."""
+        for layer in (self.input, self.hidden, self.output):
+            layer.reset_parameters()
+
+    def forward(self, z: Tensor) -> SetPrediction:
+        """Decode vectors into sets.
+
+        Args:
+            z: Shape ``(B, in_channels)``.
+
+        Returns:
+            The predicted sets; masks in ``mask_clamp``, no trajectory.
+
+        Raises:
+            ValueError: If the shape is wrong.
+            TypeError: If the dtype is not floating.
+        """
+        check_shape("z", z, "B", self.in_channels)
+        hidden = F.relu(self.hidden(F.relu(self.input(z))))
+        output = self.output(hidden).unflatten(1, (self.set_size, -1))
+        return as_prediction(output, self.channels, self.mask_clamp)
+
+    @override
+    def extra_repr(self) -> str:
+        return f"set_size={self.set_size}, channels={self.channels}, mask_clamp={self.mask_clamp}"

@@ -1,0 +1,114 @@
+"""What every set encoder is: the protocol, and what the encoders of this library share."""
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from setpred._checks import check_at_least, check_mask, check_shape
+from setpred.encoders.pool import Pool, PoolName
+
+
+@runtime_checkable
+class SetEncoder(Protocol):
+    """Anything that maps a batch of sets to a batch of vectors; decoders ask for nothing more.
+
+    It is called as ``encoder(elements, mask)`` with elements ``(B, N, C)`` and a float mask ``(B, N)`` in [0, 1]
+    (1 = present) or None (all present), and returns ``(B, D)``. To decode sets with it, it must
+
+    - not depend on the order of the elements, nor on the other samples of the batch;
+    - be differentiable twice (training differentiates its gradient). `torch.cdist` is not.
+
+    Example:
+        >>> def mean_encoder(elements, mask):
+        ...     return elements.mean(1) if mask is None else (elements * mask.unsqueeze(-1)).mean(1)
+        >>> isinstance(mean_encoder, SetEncoder)
+        True
+
+    Source: Zhang et al. (NeurIPS 2019), section 2 and Appendix A.
+    """
+
+    def __call__(self, elements: Tensor, mask: Tensor | None, /) -> Tensor:
+        """Encode sets ``(B, N, C)`` with masks ``(B, N)`` into vectors ``(B, D)``."""
+        ...
+
+
+class EncoderBase(nn.Module):
+    """What PooledEncoder and RelationEncoder share: checks, the mask as a feature, the pool, the size feature.
+
+    Subclasses compute ``_rows``, the features of every row to pool, channel-major: (channels, B, rows). In this layout
+    a layer is one product ``weight @ x`` whose result is contiguous along the rows, as the sort in FSPool reads it.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        pool: PoolName | nn.Module,
+        *,
+        size_feature: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        check_at_least("in_channels", in_channels, 1)
+        check_at_least("out_channels", out_channels, 1 + int(size_feature))
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.size_feature = size_feature
+        self.row_channels = out_channels - int(size_feature)
+        self.pool = pool if isinstance(pool, nn.Module) else Pool(pool, self.row_channels, device, dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw new parameters: Xavier-uniform weights and zero biases, as the published code has them."""
+        for child in self.children():
+            for layer in child.modules() if child is not self.pool else ():
+                if isinstance(layer, nn.Linear):
+                    nn.init.xavier_uniform_(layer.weight)
+                    nn.init.zeros_(layer.bias)
+        if isinstance(self.pool, Pool):
+            self.pool.reset_parameters()
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """Map elements with their mask (B, N, C+1) to the rows to pool, (row_channels, B, rows)."""
+        raise NotImplementedError
+
+    def forward(self, elements: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Encode sets.
+
+        Args:
+            elements: Shape ``(B, N, in_channels)``, N >= 1.
+            mask: Bool or float in [0, 1], shape ``(B, N)``; None means that all are present. It is one more
+                feature of each element: absent elements are not cut out, so give zeros in their place.
+
+        Returns:
+            Shape ``(B, out_channels)``.
+
+        Raises:
+            ValueError: If a shape is wrong.
+            TypeError: If a dtype is wrong.
+        """
+        check_shape("elements", elements, "B", "N", self.in_channels)
+        batch, size, _ = elements.shape
+        if size == 0:
+            raise ValueError(
+                "`elements` must have at least one row; an empty set is rows of mask 0, got shape "
+                f"{tuple(elements.shape)}"
+            )
+        check_mask("mask", mask, (batch, size))
+        presence = elements.new_ones(batch, size) if mask is None else mask.to(elements.dtype)
+        rows = self._rows(torch.cat([elements, presence.unsqueeze(-1)], -1))
+        vector: Tensor = self.pool(rows.movedim(0, -1))
+        if self.size_feature:
+            vector = torch.cat([vector, 4 * presence.mean(1, keepdim=True)], 1)
+        return vector
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, size_feature={self.size_feature}"
+
+
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """Apply an `nn.Linear` in the channel-major layout: (in, ...) -> (out, ...)."""
+    assert isinstance(layer, nn.Linear)  # for mypy: nn.ModuleList forgets it
+    return torch.addmm(layer.bias.unsqueeze(1), layer.weight, x.flatten(1)).view(-1, *x.shape[1:])

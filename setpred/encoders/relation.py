@@ -1,0 +1,62 @@
+"""RelationEncoder: every pair of elements through an MLP, then a pool."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from setpred.encoders.base import EncoderBase, linear
+from setpred.encoders.pool import PoolName
+
+
+class RelationEncoder(EncoderBase):
+    r"""Set encoder that applies a two-layer MLP to each ordered pair of elements and pools the N^2 results.
+
+    .. math:: H(Y) = \operatorname{pool}_{i,j}\, W_2 \operatorname{relu}(W_1 [y_i; m_i; y_j; m_j] + b_1) + b_2
+
+    The mask m is one more feature of each element. Pairs are never built in the first layer: it is a sum of two
+    per-element projections. FSPool's result is divided by N^2, as published.
+
+    Args:
+        in_channels: Features C of an element, without the mask.
+        out_channels: Size D of the representation.
+        hidden_channels: Width of the hidden layer.
+        pool: ``"fspool"``, ``"sum"``, ``"mean"``, ``"max"``, or a module ``(B, N^2, D) -> (B, D)``.
+        size_feature: Make the last of the D features four times the mean of the mask (the sum of the masks, scaled as
+            published) instead of a learned one.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: If a number is out of its range or the pool is unknown.
+
+    Example:
+        >>> encoder = RelationEncoder(in_channels=18, out_channels=64)
+        >>> encoder(torch.rand(8, 10, 18)).shape
+        torch.Size([8, 64])
+
+    Source: Zhang et al. (NeurIPS 2019), section 5.2 and Appendix B.2; Santoro et al., relational reasoning (2017).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        hidden_channels: int = 512,
+        *,
+        pool: PoolName | nn.Module = "fspool",
+        size_feature: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, pool, size_feature=size_feature, device=device, dtype=dtype)
+        self.pair = nn.Linear(2 * (in_channels + 1), hidden_channels, device=device, dtype=dtype)
+        self.out = nn.Linear(hidden_channels, self.row_channels, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def _rows(self, x: Tensor) -> Tensor:
+        # One product a sample, so that a sample's rounding is the same in every batch: BLAS has other kernels for few
+        # columns, and a last digit can decide which of two nearly equal rows FSPool ranks first.
+        weight = torch.cat(self.pair.weight.chunk(2, dim=1)).expand(len(x), -1, -1)
+        left, right = torch.bmm(weight, x.mT).transpose(0, 1).contiguous().chunk(2)
+        left = left + self.pair.bias.view(-1, 1, 1)
+        return linear(self.out, F.relu(left.unsqueeze(-1) + right.unsqueeze(-2)).flatten(2))

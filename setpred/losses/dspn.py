@@ -1,0 +1,119 @@
+"""DSPNLoss: the outer loss, a set loss over the trajectory plus the weighted representation loss."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from setpred._checks import check_at_least, check_choice, check_mask, check_shape
+from setpred.encoders.base import SetEncoder
+from setpred.losses.representation import KINDS, Kind, representation_loss
+from setpred.sets import SetPrediction
+
+SetLoss = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+
+
+class DSPNLoss(nn.Module):
+    r"""Outer loss of a set predictor that decodes with an encoder.
+
+    .. math:: \mathcal{L} = \frac{1}{T+1} \sum_{t=0}^{T} \mathcal{L}_\text{set}(\hat Y_t, Y)
+              + \lambda\, \mathcal{L}_\text{repr}(Y, z)
+
+    The second term makes the target set itself encode to z; an autoencoder, whose z is that encoding, leaves it out.
+    The loss keeps no parameters: the encoder stays the decoder's, and is not in the loss's ``state_dict``.
+
+    Args:
+        encoder: The decoder's set encoder H.
+        set_loss: Called as ``set_loss(pred, target, pred_mask, target_mask)`` with ``pred`` ``(B, N, C)`` or
+            ``(T+1, B, N, C)``; returns a scalar. :class:`setpred.HungarianLoss` or :class:`setpred.ChamferLoss`.
+        repr_weight: Weight :math:`\lambda`; the paper has 0.1 on CLEVR.
+        repr_loss: ``"huber"`` or ``"mse"``; the decoder's own.
+        steps: ``"all"`` averages the set loss over the trajectory, :math:`Y_0` included (the paper); ``"last"``
+            takes the prediction alone.
+
+    Raises:
+        ValueError: If a number is out of its range or a choice is unknown.
+
+    Example:
+        >>> from setpred import DSPNDecoder, DSPNLoss, HungarianLoss, PooledEncoder
+        >>> encoder = PooledEncoder(in_channels=2, out_channels=16)
+        >>> decoder = DSPNDecoder(encoder, set_size=5, channels=2)
+        >>> loss = DSPNLoss(encoder, HungarianLoss())
+        >>> z, target = torch.randn(3, 16), torch.rand(3, 5, 2)
+        >>> loss(decoder(z), target, z=z).shape
+        torch.Size([])
+
+    Source: Zhang et al. (NeurIPS 2019), equation 6 and section 3.2 (all steps).
+    """
+
+    def __init__(
+        self,
+        encoder: SetEncoder,
+        set_loss: SetLoss,
+        *,
+        repr_weight: float = 0.1,
+        repr_loss: Kind = "huber",
+        steps: Literal["all", "last"] = "all",
+    ) -> None:
+        super().__init__()
+        check_at_least("repr_weight", repr_weight, 0)
+        check_choice("repr_loss", repr_loss, KINDS)
+        check_choice("steps", steps, ("all", "last"))
+        self._encoder = (encoder,)  # in a tuple, nn.Module does not register it
+        self.set_loss = set_loss
+        self.repr_weight = repr_weight
+        self.repr_loss: Kind = repr_loss
+        self.steps = steps
+
+    def forward(
+        self,
+        prediction: SetPrediction,
+        target: Tensor,
+        target_mask: Tensor | None = None,
+        z: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            prediction: What the decoder returned.
+            target: Target elements, shape ``(B, N, C)``.
+            target_mask: Bool or float {0, 1}, shape ``(B, N)``; None means that all are present. Values of absent
+                elements are not seen.
+            z: What the decoder was given, shape ``(B, D)``; None leaves out the representation term.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: If a shape is wrong, or ``steps="all"`` and the prediction has no trajectory to train through.
+            TypeError: If a dtype is wrong.
+        """
+        check_shape("target", target, "B", "N", prediction.elements.shape[-1])
+        check_mask("target_mask", target_mask, target.shape[:2])
+        if self.steps == "last":
+            elements, mask = prediction.elements, prediction.mask
+        else:
+            if prediction.trajectory is None:
+                raise ValueError(
+                    "`prediction` must carry its trajectory for steps='all': decode with record=True, or use "
+                    "steps='last' (in evaluation mode, and with differentiate='implicit', nothing is recorded)"
+                )
+            elements, mask = prediction.trajectory.elements, prediction.trajectory.mask
+            if prediction.elements.requires_grad and not elements.requires_grad:
+                raise ValueError(
+                    "`prediction` must carry a differentiable trajectory for steps='all': "
+                    "differentiate='implicit' records it detached; use steps='last'"
+                )
+        loss = self.set_loss(elements, target, mask, target_mask)
+        if z is None or self.repr_weight == 0:
+            return loss
+        if target_mask is not None:
+            target = target.masked_fill((target_mask == 0).unsqueeze(-1), 0)
+            target_mask = target_mask.to(target.dtype)
+        representation = self._encoder[0](target, target_mask)
+        return loss + self.repr_weight * representation_loss(representation, z, kind=self.repr_loss)
+
+    @override
+    def extra_repr(self) -> str:
+        return f"repr_weight={self.repr_weight}, repr_loss={self.repr_loss!r}, steps={self.steps!r}"
