@@ -140,8 +140,9 @@ def sort_pool(
         # Stable, so that equal elements keep their order and the result does not depend on the batch.
         order = torch.sort(values.detach(), dim=-1, descending=True, stable=True).indices
         permutation = order.permute(1, 2, 0)
-    pooled = (values * _element_weights(weight, permutation, mask)).sum(-1)
-    return pooled.t(), permutation
+    # Flattened, the backward pass sees the small pooled gradient made contiguous, and so gives the large one contiguous.
+    pooled = (values.flatten(0, 1) * _element_weights(weight, permutation, mask).flatten(0, 1)).sum(-1)
+    return pooled.view(values.shape[:2]).t().contiguous(), permutation
 
 
 def sort_unpool(vector: Tensor, permutation: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
