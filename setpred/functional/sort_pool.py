@@ -10,7 +10,8 @@ Tensors inside are channel-major, (C, B, N): then a sort along the elements read
 import torch
 from torch import Tensor
 
-from setpred._checks import check_mask, check_positive, check_shape
+from setpred._checks import check_mask, check_positive, check_shape, check_tensor
+from setpred.functional.argsort import argsort_descending
 
 
 def piecewise_linear(weight: Tensor, position: Tensor) -> Tensor:
@@ -38,12 +39,15 @@ def piecewise_linear(weight: Tensor, position: Tensor) -> Tensor:
     check_shape("weight", weight, "C", "P+1")
     channels, pieces = weight.shape[0], weight.shape[1] - 1
     check_positive("the number of pieces", pieces)
+    check_tensor("position", position)
+    if position.dim() == 0 or position.shape[0] not in (1, channels):
+        raise ValueError(f"`position` must have shape ({channels}, ...) or (1, ...), got {tuple(position.shape)}")
     scaled = position.clamp(0, 1) * pieces
     left = scaled.detach().floor().clamp(max=pieces - 1)
     fraction = (scaled - left).expand(channels, *position.shape[1:])
-    knot = left.long().expand_as(fraction).flatten(1)
+    knot = left.long().expand_as(fraction).unsqueeze(-1).flatten(1)
     at_left, at_right = weight.gather(1, knot), weight.gather(1, knot + 1)
-    values = torch.lerp(at_left.to(scaled.dtype), at_right.to(scaled.dtype), fraction.flatten(1))
+    values = torch.lerp(at_left.to(scaled.dtype), at_right.to(scaled.dtype), fraction.unsqueeze(-1).flatten(1))
     return values.view_as(fraction).to(weight.dtype)
 
 
@@ -62,15 +66,18 @@ def _rank_weights(weight: Tensor, size: int, mask: Tensor | None) -> Tensor:
 
 def _neural_sort(values: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
     """Relaxed descending permutation matrices (..., N, N): rows are ranks, columns elements."""
-    size = values.shape[-1]
+    size, dtype = values.shape[-1], values.dtype
+    # In float32 at least, and the distances without a product that autocast would round: small differences of large
+    # logits decide.
+    values = values.to(torch.promote_types(dtype, torch.float32))
     present = torch.ones_like(values) if mask is None else mask.to(values.dtype).expand_as(values)
     rank = torch.arange(1, size + 1, device=values.device, dtype=values.dtype)
     scale = present.sum(-1, keepdim=True) + 1 - 2 * rank
-    distance = (values.unsqueeze(-1) - values.unsqueeze(-2)).abs() @ present.unsqueeze(-1)
-    logits = (scale.unsqueeze(-1) * values.unsqueeze(-2) - distance.transpose(-1, -2)) / temperature
+    distance = ((values.unsqueeze(-1) - values.unsqueeze(-2)).abs() * present.unsqueeze(-2)).sum(-1)
+    logits = (scale.unsqueeze(-1) * values.unsqueeze(-2) - distance.unsqueeze(-2)) / temperature
     # A finite fill: rows of an empty set must not become NaN.
     logits = logits.masked_fill(present.unsqueeze(-2) == 0, torch.finfo(logits.dtype).min)
-    return logits.softmax(-1)
+    return logits.softmax(-1).to(dtype)
 
 
 def _element_weights(weight: Tensor, permutation: Tensor, mask: Tensor | None) -> Tensor:
@@ -137,9 +144,9 @@ def sort_pool(
             raise ValueError("`mask` must be bool when `relaxed` is given: relaxed ranks have no soft size")
         permutation = _neural_sort(values, relaxed, mask).transpose(0, 1)
     else:
-        # Stable, so that equal elements keep their order and the result does not depend on the batch.
-        order = torch.sort(values.detach(), dim=-1, descending=True, stable=True).indices
-        permutation = order.permute(1, 2, 0)
+        # Stable, so that of two equal elements the same one comes first in every feature: which gradients they get, as
+        # a multiset, must not depend on the order of the elements.
+        permutation = argsort_descending(values).permute(1, 2, 0)
     # Flattened, the backward pass sees the small pooled gradient made contiguous, and so gives the large one contiguous.
     pooled = (values.flatten(0, 1) * _element_weights(weight, permutation, mask).flatten(0, 1)).sum(-1)
     return pooled.view(values.shape[:2]).t().contiguous(), permutation
@@ -174,10 +181,14 @@ def sort_unpool(vector: Tensor, permutation: Tensor, weight: Tensor, mask: Tenso
     check_shape("vector", vector, "B", "C")
     batch, channels = vector.shape
     check_shape("weight", weight, channels, "P+1")
+    if not isinstance(permutation, Tensor):
+        raise TypeError(f"`permutation` must be a tensor, got {permutation!r}")
     if permutation.is_floating_point():
         check_shape("permutation", permutation, batch, channels, "N", permutation.shape[-1])
     elif permutation.dim() != 3 or permutation.shape[::2] != (batch, channels):
         raise ValueError(f"`permutation` must have shape ({batch}, N, {channels}), got {tuple(permutation.shape)}")
+    elif permutation.dtype != torch.long:
+        raise TypeError(f"`permutation` must be int64, or floating if relaxed, got {permutation.dtype}")
     size = permutation.shape[-1] if permutation.is_floating_point() else permutation.shape[1]
     check_mask("mask", mask, (batch, size))
     weights = _element_weights(weight, permutation, mask)
