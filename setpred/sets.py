@@ -61,7 +61,7 @@ def pad_sets(sets: Sequence[Tensor], size: int | None = None) -> tuple[Tensor, T
 
     Raises:
         ValueError: If there is no set, one has another rank or C, or one is larger than ``size``.
-        TypeError: If a set is not a floating tensor.
+        TypeError: If a set is not a floating tensor, or their dtypes differ.
 
     Example:
         >>> elements, mask = pad_sets([torch.ones(1, 2), torch.ones(3, 2)])
@@ -76,6 +76,8 @@ def pad_sets(sets: Sequence[Tensor], size: int | None = None) -> tuple[Tensor, T
     check_shape("sets[0]", sets[0], "n", "C")
     for i, elements in enumerate(sets):
         check_shape(f"sets[{i}]", elements, "n", sets[0].shape[1])
+        if elements.dtype != sets[0].dtype:
+            raise TypeError(f"`sets` must have one dtype, got {sets[0].dtype} and {elements.dtype}")
     sizes = torch.tensor([len(elements) for elements in sets], device=sets[0].device)
     longest = max(len(elements) for elements in sets)
     size = longest if size is None else size
@@ -106,5 +108,7 @@ def unpad_sets(elements: Tensor, mask: Tensor, threshold: float = 0.5) -> list[T
         [(1, 2), (3, 2)]
     """
     check_shape("elements", elements, "B", "N", "C")
+    if mask is None:
+        raise TypeError("`mask` must be a tensor, got None")
     check_mask("mask", mask, elements.shape[:2])
     return [rows[present] for rows, present in zip(elements, mask > threshold, strict=True)]
