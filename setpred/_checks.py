@@ -5,6 +5,7 @@ are checked: looking at tensor values would wait for the device and break `torch
 """
 
 from collections.abc import Collection
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -52,13 +53,28 @@ def check_choice(name: str, value: object, choices: Collection[object]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_number(name: str, value: object) -> None:
+    """Raise unless ``value`` is a real number."""
+    if not isinstance(value, Real):
+        raise TypeError(f"`{name}` must be a number, got {_described(value)}")
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise unless ``value`` is an integer and ``value >= least``."""
+    if not isinstance(value, Integral):
+        raise TypeError(f"`{name}` must be an integer, got {_described(value)}")
+    check_at_least(name, int(value), least)
+
+
 def check_at_least(name: str, value: float, least: float) -> None:
     """Raise unless ``value >= least`` (NaN raises too)."""
+    check_number(name, value)
     if not value >= least:
         raise ValueError(f"`{name}` must be at least {least}, got {value!r}")
 
 
 def check_positive(name: str, value: float) -> None:
     """Raise unless ``value > 0`` (NaN raises too)."""
+    check_number(name, value)
     if not value > 0:
         raise ValueError(f"`{name}` must be positive, got {value!r}")

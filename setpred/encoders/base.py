@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from setpred._checks import check_at_least, check_mask, check_shape
+from setpred._checks import check_count, check_mask, check_shape
 from setpred.encoders.pool import Pool, PoolName
 
 
@@ -52,8 +52,8 @@ class EncoderBase(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        check_at_least("in_channels", in_channels, 1)
-        check_at_least("out_channels", out_channels, 1 + int(size_feature))
+        check_count("in_channels", in_channels)
+        check_count("out_channels", out_channels, 1 + int(size_feature))
         self.in_channels, self.out_channels = in_channels, out_channels
         self.size_feature = size_feature
         self.row_channels = out_channels - int(size_feature)
@@ -111,4 +111,4 @@ class EncoderBase(nn.Module):
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """Apply an `nn.Linear` in the channel-major layout: (in, ...) -> (out, ...)."""
     assert isinstance(layer, nn.Linear)  # for mypy: nn.ModuleList forgets it
-    return torch.addmm(layer.bias.unsqueeze(1), layer.weight, x.flatten(1)).view(-1, *x.shape[1:])
+    return torch.addmm(layer.bias.unsqueeze(1), layer.weight, x.flatten(1)).view(layer.out_features, *x.shape[1:])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from setpred._checks import check_at_least, check_positive
+from setpred._checks import check_count, check_positive
 from setpred.functional.sort_pool import sort_pool, sort_unpool
 
 
@@ -21,8 +21,8 @@ class _SortWeights(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        check_at_least("in_channels", in_channels, 1)
-        check_at_least("pieces", pieces, 1)
+        check_count("in_channels", in_channels)
+        check_count("pieces", pieces)
         self.in_channels, self.pieces = in_channels, pieces
         self.weight = nn.Parameter(torch.empty(in_channels, pieces + 1, device=device, dtype=dtype))
         self.reset_parameters()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from setpred._checks import check_at_least
+from setpred._checks import check_count
 from setpred.encoders.base import EncoderBase, linear
 from setpred.encoders.pool import PoolName
 
@@ -52,7 +52,8 @@ class PooledEncoder(EncoderBase):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_at_least("layers", layers, 1)
+        check_count("layers", layers)
+        check_count("hidden_channels", hidden_channels)
         super().__init__(in_channels, out_channels, pool, size_feature=size_feature, device=device, dtype=dtype)
         widths = [in_channels + 1, *[hidden_channels] * (layers - 1), self.row_channels]
         self.layers = nn.ModuleList(nn.Linear(*pair, device=device, dtype=dtype) for pair in pairwise(widths))

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from setpred._checks import check_count
 from setpred.encoders.base import EncoderBase, linear
 from setpred.encoders.pool import PoolName
 
@@ -48,6 +49,7 @@ class RelationEncoder(EncoderBase):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_count("hidden_channels", hidden_channels)
         super().__init__(in_channels, out_channels, pool, size_feature=size_feature, device=device, dtype=dtype)
         self.pair = nn.Linear(2 * (in_channels + 1), hidden_channels, device=device, dtype=dtype)
         self.out = nn.Linear(hidden_channels, self.row_channels, device=device, dtype=dtype)
