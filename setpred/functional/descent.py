@@ -13,7 +13,7 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from setpred._checks import check_at_least, check_choice, check_positive
+from setpred._checks import check_at_least, check_choice, check_count, check_positive, check_tensor
 
 Y = TypeVar("Y", Tensor, tuple[Tensor, ...])
 _Tensors = tuple[Tensor, ...]
@@ -49,6 +49,7 @@ def _per_sample(value: Tensor, like: Tensor) -> Tensor:
 def _gradient(objective: Callable[[_Tensors], Tensor], y: _Tensors, method: str) -> _Gradient:
     def total(y: _Tensors) -> tuple[Tensor, Tensor]:
         loss = objective(y)
+        check_tensor("objective(y)", loss)
         if loss.shape != y[0].shape[:1]:
             raise ValueError(
                 f"`objective` must give one value per sample, shape ({len(y[0])},), got {tuple(loss.shape)}"
@@ -62,14 +63,29 @@ def _gradient(objective: Callable[[_Tensors], Tensor], y: _Tensors, method: str)
         with torch.enable_grad():
             leaf = tuple(part if part.requires_grad else part.detach().requires_grad_() for part in y)
             value, loss = total(leaf)
-            grad = torch.autograd.grad(value, leaf, create_graph=outer)
+            grad = torch.autograd.grad(value, leaf, create_graph=outer, materialize_grads=True)
         loss = loss if outer else loss.detach()
-    squares = [part.flatten(1).square().sum(1) for part in grad]
+    # In float32 at least: squares leave the range of float16.
+    squares = [
+        part.unsqueeze(-1).flatten(1).to(torch.promote_types(part.dtype, torch.float32)).square().sum(1)
+        for part in grad
+    ]
     square = torch.stack(squares).sum(0)
     # The root has no derivative at 0: a converged sample must not turn the outer gradient into NaN.
     positive = square > 0
     norm = torch.where(positive, square, 1).sqrt() * positive
     return _Gradient(grad, loss, norm)
+
+
+def _check_init(init: Tensor | _Tensors) -> None:
+    parts = (init,) if isinstance(init, Tensor) else init
+    if not isinstance(parts, tuple | list) or len(parts) == 0:
+        raise TypeError(f"`init` must be a tensor or a tuple of tensors, got {init!r}")
+    for part in parts:
+        check_tensor("init", part)
+    if any(part.shape[:1] != parts[0].shape[:1] or part.dim() == 0 for part in parts):
+        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+        raise ValueError(f"`init` must have the batch as first dimension, got shape {shapes}")
 
 
 def descend(
@@ -129,6 +145,7 @@ def descend(
 
     Raises:
         ValueError: If an argument is out of its range, or the objective does not give one value per sample.
+        TypeError: If an argument is of another type.
         RuntimeError: If ``"autograd"`` is asked for under ``inference_mode``.
 
     Example:
@@ -140,7 +157,8 @@ def descend(
 
     Source: Zhang et al. (NeurIPS 2019), equation 5; implicit: Zhang et al. (ICLR 2022), section 3.
     """
-    check_at_least("steps", steps, 1)
+    check_count("steps", steps)
+    check_positive("lr", lr)
     check_at_least("momentum", momentum, 0)
     check_choice("differentiate", differentiate, ("unrolled", "implicit"))
     check_choice("gradient", gradient, ("func", "autograd"))
@@ -163,6 +181,8 @@ def descend(
     def unpacked(y: Y) -> _Tensors:
         return (y,) if isinstance(y, Tensor) else tuple(y)
 
+    _check_init(init)
+
     def gradient_at(y: _Tensors) -> _Gradient:
         return _gradient(lambda y: objective(packed(y)), y, gradient)
 
@@ -173,7 +193,7 @@ def descend(
         grad = at.grad
         if grad_clip is not None:
             scale = grad_clip / at.norm.clamp(min=grad_clip)
-            grad = tuple(_per_sample(scale, part) * part for part in grad)
+            grad = tuple(_per_sample(scale, part).to(part.dtype) * part for part in grad)
         direction = grad
         if momentum != 0:
             velocity = (
