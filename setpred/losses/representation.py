@@ -8,18 +8,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from setpred._checks import check_choice, check_shape
+from setpred.losses._common import REDUCTIONS, Reduction, reduce
 
 Kind = Literal["huber", "mse"]
-Reduction = Literal["mean", "sum", "none"]
 KINDS = ("huber", "mse")
-REDUCTIONS = ("mean", "sum", "none")
-
-
-def reduce(value: Tensor, reduction: Reduction) -> Tensor:
-    """Mean (0 for an empty batch, not NaN), sum, or the values themselves."""
-    if reduction == "none":
-        return value
-    return value.sum() / max(value.numel(), 1) if reduction == "mean" else value.sum()
 
 
 def representation_loss(

@@ -1,0 +1,206 @@
+"""Costs between the elements of two sets: of all pairs, or of given pairs; and how costs are composed.
+
+A cost is a name or any callable ``(B, N, C), (B, M, C) -> (B, N, M)``. What a loss charges for pairs that it has
+found is the same callable on sets of one element each, so that no graph over all pairs is ever built.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from setpred._checks import check_choice, check_shape
+
+PairwiseCost = Callable[[Tensor, Tensor], Tensor]
+Cost = Literal["huber", "mse", "l1"] | PairwiseCost
+COSTS = ("huber", "mse", "l1")
+
+
+def check_cost(name: str, cost: object) -> None:
+    """Raise unless ``cost`` is callable or the name of a built-in cost."""
+    if not callable(cost):
+        check_choice(name, cost, COSTS)
+
+
+def _elementwise(x: Tensor, y: Tensor, cost: str) -> Tensor:
+    if cost == "huber":
+        loss: Tensor = torch.ops.aten.smooth_l1_loss(x, y, 0, 1.0)  # F's function warns of broadcasting
+        return loss
+    return (x - y).square() if cost == "mse" else (x - y).abs()
+
+
+def _of_all_pairs(x: Tensor, y: Tensor, cost: str) -> Tensor:
+    (*batch, n, channels), m = x.shape, y.shape[-2]
+    if channels == 0:
+        return x.new_zeros(*batch, n, m)
+    graph = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    if cost != "huber" and not graph:  # cdist never stores the differences, but has no second derivative
+        if cost == "l1":
+            return torch.cdist(x, y, p=1.0) / channels
+        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square() / channels
+    if channels < 8 and n * m >= 1024:  # short rows reduce slowly
+        total = x.new_zeros(())
+        for c in range(channels):
+            value = _elementwise(x[..., c].unsqueeze(-1), y[..., c].unsqueeze(-2), cost)
+            total = value + total if graph else value.add_(total)
+        return total / channels if graph else total.div_(channels)
+    return _elementwise(x.unsqueeze(-2), y.unsqueeze(-3), cost).mean(-1)
+
+
+def _at_least_float32(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    return x.to(dtype), y.to(dtype)
+
+
+def pairwise_cost(x: Tensor, y: Tensor, cost: Cost = "huber") -> Tensor:
+    r"""Cost between all elements of two sets, a mean over channels.
+
+    .. math::
+        d(x, y) = \frac{1}{C} \sum_{c=1}^{C} \ell(x_c - y_c), \qquad
+        \ell(t) = \begin{cases} t^2/2 & |t| < 1 \\ |t| - 1/2 & \text{else} \end{cases} \;\text{(huber)}, \quad
+        t^2 \;\text{(mse)}, \quad |t| \;\text{(l1)}
+
+    Computed in float32 at least.
+
+    Args:
+        x: Shape ``(B, N, C)``.
+        y: Shape ``(B, M, C)``.
+        cost: ``"huber"`` (smooth L1 with beta 1), ``"mse"``, ``"l1"``, or a callable
+            ``(B, N, C), (B, M, C) -> (B, N, M)``.
+
+    Returns:
+        Shape ``(B, N, M)``.
+
+    Raises:
+        ValueError: If a shape is wrong, the callable's result too, or the name is unknown.
+        TypeError: If a dtype is not floating.
+
+    Example:
+        >>> pairwise_cost(torch.tensor([[[0.0], [1.0]]]), torch.tensor([[[3.0], [1.5], [1.0]]]))
+        tensor([[[2.5000, 1.0000, 0.5000],
+                 [1.5000, 0.1250, 0.0000]]])
+
+    Source: Zhang et al. (NeurIPS 2019), section 3.2 (Huber).
+    """
+    check_shape("x", x, "B", "N", "C")
+    check_shape("y", y, x.shape[0], "M", x.shape[2])
+    check_cost("cost", cost)
+    x, y = _at_least_float32(x, y)
+    if not callable(cost):
+        return _of_all_pairs(x, y, cost)
+    return _checked(cost(x, y), (len(x), x.shape[1], y.shape[1]))
+
+
+def paired_cost(x: Tensor, y: Tensor, cost: Cost = "huber") -> Tensor:
+    r"""Cost between elements that belong together: :math:`d(x_i, y_i)` with d as in :func:`pairwise_cost`.
+
+    Args:
+        x: Shape ``(B, N, C)``.
+        y: Shape ``(B, N, C)``.
+        cost: As in :func:`pairwise_cost`. A callable is given each pair as two sets of one element, ``(B*N, 1, C)``.
+
+    Returns:
+        Shape ``(B, N)``.
+
+    Raises:
+        ValueError: If a shape is wrong, the callable's result too, or the name is unknown.
+        TypeError: If a dtype is not floating.
+
+    Example:
+        >>> paired_cost(torch.tensor([[[0.0], [1.0]]]), torch.tensor([[[3.0], [1.5]]]))
+        tensor([[2.5000, 0.1250]])
+    """
+    check_shape("x", x, "B", "N", "C")
+    check_shape("y", y, *x.shape)
+    check_cost("cost", cost)
+    x, y = _at_least_float32(x, y)
+    batch, n, channels = x.shape
+    if not callable(cost):
+        value = _elementwise(x, y, cost)
+        return value.mean(-1) if channels > 0 else value.sum(-1)
+    left, right = x.reshape(batch * n, 1, channels), y.reshape(batch * n, 1, channels)
+    return _checked(cost(left, right), (batch * n, 1, 1)).view(batch, n)
+
+
+def _checked(value: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    if value.shape != torch.Size(shape):
+        raise ValueError(f"`cost` must return shape (B, N, M) = {shape}, got {tuple(value.shape)}")
+    return value
+
+
+def cross_entropy_cost(logits: Tensor, target: Tensor) -> Tensor:
+    r"""Cross-entropy between unnormalised log-probabilities and class probabilities, such as one-hot vectors.
+
+    .. math:: d(x, y) = -\sum_{c=1}^{C} y_c \log \operatorname{softmax}(x)_c
+
+    Args:
+        logits: Shape ``(B, N, C)``.
+        target: Shape ``(B, M, C)``.
+
+    Returns:
+        Shape ``(B, N, M)``.
+
+    Example:
+        >>> cross_entropy_cost(torch.zeros(1, 1, 2), torch.eye(2).unsqueeze(0))
+        tensor([[[0.6931, 0.6931]]])
+    """
+    return -logits.log_softmax(-1) @ target.transpose(-1, -2)
+
+
+def on_channels(cost: Cost, channels: slice | Sequence[int], *, weight: float = 1.0) -> PairwiseCost:
+    """Make a cost that sees only some of the channels, times a weight.
+
+    Args:
+        cost: As in :func:`pairwise_cost`.
+        channels: Which channels, a slice or indices. With ``presence="feature"`` the mask is the last one, -1.
+        weight: Factor on the cost.
+
+    Returns:
+        A callable ``(B, N, C), (B, M, C) -> (B, N, M)``.
+
+    Raises:
+        ValueError: If the name of the cost is unknown.
+
+    Example:
+        >>> cost = on_channels("l1", slice(0, 2), weight=5.0)
+        >>> cost(torch.zeros(1, 1, 3), torch.ones(1, 1, 3))
+        tensor([[[5.]]])
+    """
+    check_cost("cost", cost)
+    index = channels if isinstance(channels, slice) else list(channels)
+
+    def of_channels(x: Tensor, y: Tensor) -> Tensor:
+        return weight * pairwise_cost(x[..., index], y[..., index], cost)
+
+    return of_channels
+
+
+def sum_costs(*costs: Cost) -> PairwiseCost:
+    """Make a cost that is the sum of several.
+
+    Args:
+        costs: Each as in :func:`pairwise_cost`.
+
+    Returns:
+        A callable ``(B, N, C), (B, M, C) -> (B, N, M)``.
+
+    Raises:
+        ValueError: If there is none, or the name of one is unknown.
+
+    Example:
+        >>> coordinates = on_channels("huber", slice(0, 3), weight=5.0)
+        >>> colour = on_channels(cross_entropy_cost, slice(3, 11))
+        >>> sum_costs(coordinates, colour)(torch.randn(2, 10, 11), torch.randn(2, 6, 11)).shape
+        torch.Size([2, 10, 6])
+    """
+    if not costs:
+        raise ValueError("`costs` must be at least one, got none")
+    for cost in costs:
+        check_cost("costs", cost)
+
+    def total(x: Tensor, y: Tensor) -> Tensor:
+        first, *others = (pairwise_cost(x, y, cost) for cost in costs)
+        return sum(others, first)
+
+    return total

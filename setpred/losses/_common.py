@@ -1,0 +1,133 @@
+"""What all set losses share: reduction, and the door through which their arguments come in."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from setpred._checks import check_at_least, check_choice, check_mask, check_shape, check_tensor
+from setpred.functional.pairwise import Cost, check_cost, paired_cost
+
+Reduction = Literal["mean", "sum", "none"]
+Presence = Literal["feature", "bce", "none"]
+REDUCTIONS = ("mean", "sum", "none")
+PRESENCES = ("feature", "bce", "none")
+
+
+def reduce(value: Tensor, reduction: Reduction) -> Tensor:
+    """Mean (0 for an empty batch, not NaN), sum, or the values themselves."""
+    if reduction == "none":
+        return value
+    return value.mean() if reduction == "mean" and value.numel() > 0 else value.sum()
+
+
+def mean_rows(value: Tensor) -> Tensor:
+    """Mean over the last dimension, 0 (not NaN) where it is empty."""
+    return value.mean(-1) if value.shape[-1] > 0 else value.sum(-1)
+
+
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of each set: (S, M, C) and indices (S, N) to (S, N, C)."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def charge(pred: Tensor, partner: Tensor, cost: Cost, charged: Tensor | None) -> Tensor:
+    """Cost of each pair, (S, N); 0 where ``charged`` is False.
+
+    Whatever a cost makes of those, NaN too, reaches neither the value nor a gradient.
+    """
+    if charged is None:
+        return paired_cost(pred, partner, cost)
+    left_out = ~charged
+    pred, partner = (side.masked_fill(left_out.unsqueeze(-1), 0) for side in (pred, partner))
+    return paired_cost(pred, partner, cost).masked_fill(left_out, 0)
+
+
+def check_options(
+    cost: object, matching_cost: object, presence: object, presence_weight: float, reduction: object
+) -> None:
+    """Check what the matching losses are configured with."""
+    check_cost("cost", cost)
+    if matching_cost is not None:
+        check_cost("matching_cost", matching_cost)
+    check_choice("presence", presence, PRESENCES)
+    check_at_least("presence_weight", presence_weight, 0)
+    check_choice("reduction", reduction, REDUCTIONS)
+
+
+def options_repr(module: nn.Module) -> str:
+    """Say what a matching loss is configured with, but for submodules, which are shown anyway."""
+    names = ["cost", "matching_cost", "presence", "presence_weight", "reduction", "solver"]
+    options = {name: getattr(module, name, None) for name in names}
+    if options["presence"] != "bce":
+        del options["presence_weight"]
+    shown = {k: v for k, v in options.items() if v is not None and not isinstance(v, nn.Module)}
+    return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Switch autocast off, so that a user's cost is not computed in half precision either."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def presence_loss(pred_mask: Tensor, wanted: Tensor) -> Tensor:
+    """Binary cross-entropy of each set's mask, (S, N), a mean over its rows: shape (S,)."""
+    value = F.binary_cross_entropy(pred_mask, wanted.to(pred_mask.dtype), reduction="none")
+    return mean_rows(value)
+
+
+class Sets(NamedTuple):
+    """Predictions and targets of one loss, in one form: ``S`` = steps x batch sets.
+
+    Attributes:
+        pred: Shape ``(S, N, C)``, the mask as its last channel with ``presence="feature"``.
+        target: Shape ``(S, M, C)``, zero where absent.
+        pred_mask: Shape ``(S, N)``, None if there is none or it is a channel.
+        present: Which targets exist, bool of shape ``(S, M)``, None if all do.
+        shape: What the loss of one set each is reshaped to, ``(B,)`` or ``(K, B)``.
+    """
+
+    pred: Tensor
+    target: Tensor
+    pred_mask: Tensor | None
+    present: Tensor | None
+    shape: torch.Size
+
+
+def enter(
+    pred: Tensor, target: Tensor, pred_mask: Tensor | None, target_mask: Tensor | None, presence: Presence
+) -> Sets:
+    """Check the arguments of a set loss, and bring them to one form."""
+    check_tensor("pred", pred)
+    if pred.dim() not in (3, 4):
+        raise ValueError(f"`pred` must have shape (B, N, C) or (K, B, N, C), got shape {tuple(pred.shape)}")
+    check_shape("target", target, pred.shape[-3], "M", pred.shape[-1])
+    check_mask("pred_mask", pred_mask, pred.shape[:-1])
+    check_mask("target_mask", target_mask, target.shape[:-1])
+    if presence == "bce" and pred_mask is None:
+        raise ValueError("`pred_mask` must be given with presence='bce', got None")
+    shape = pred.shape[:-2]
+    dtype = torch.promote_types(torch.promote_types(pred.dtype, target.dtype), torch.float32)
+    pred, target = pred.to(dtype), target.to(dtype)
+    present = None
+    if target_mask is not None:
+        present = target_mask.bool()
+        target = target.masked_fill(~present.unsqueeze(-1), 0)
+    if pred_mask is not None:
+        pred_mask = pred_mask.to(dtype)
+    if presence == "feature":
+        mask = pred.new_ones(pred.shape[:-1]) if pred_mask is None else pred_mask
+        pred, pred_mask = torch.cat([pred, mask.unsqueeze(-1)], -1), None
+        mask = target.new_ones(target.shape[:-1]) if target_mask is None else target_mask.to(dtype)
+        target = torch.cat([target, mask.unsqueeze(-1)], -1)
+    if pred.dim() == 4:
+        steps = len(pred)
+        pred = pred.flatten(0, 1)
+        pred_mask = None if pred_mask is None else pred_mask.flatten(0, 1)
+        target = target.expand(steps, *target.shape).flatten(0, 1)
+        present = None if present is None else present.expand(steps, *present.shape).flatten(0, 1)
+    return Sets(pred, target, pred_mask, present, shape)

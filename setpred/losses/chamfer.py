@@ -1,0 +1,195 @@
+"""Chamfer loss: every element is charged its nearest neighbour in the other set."""
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from setpred.functional.nearest import nearest_neighbours
+from setpred.functional.pairwise import Cost
+from setpred.losses._common import (
+    Presence,
+    Reduction,
+    charge,
+    check_options,
+    enter,
+    full_precision,
+    gather_rows,
+    mean_rows,
+    options_repr,
+    presence_loss,
+    reduce,
+)
+
+
+def chamfer_loss(
+    pred: Tensor,
+    target: Tensor,
+    pred_mask: Tensor | None = None,
+    target_mask: Tensor | None = None,
+    *,
+    cost: Cost = "huber",
+    matching_cost: Cost | None = None,
+    presence: Presence = "feature",
+    presence_weight: float = 1.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Mean cost to the nearest neighbour in the other set, from both sides.
+
+    .. math::
+        \mathcal{L}_\text{cha}(\hat Y, Y) = \frac{1}{N} \sum_{i=1}^{N} \min_j d(\hat y_i, y_j)
+        + \frac{1}{M} \sum_{j=1}^{M} \min_i d(\hat y_i, y_j)
+
+    Costs are not rooted, and the two means are added, not averaged. ``presence`` says how a set's size enters:
+
+    - ``"feature"`` (the paper): the mask is one more channel on both sides, ones where it is None, and all rows count;
+      absent targets are zeros.
+    - ``"none"``: only what is present counts. The first mean is weighted by ``pred_mask``, through which gradients
+      flow; predictions whose mask is 0 do not exist. Where one of the sets is empty, the value is 0.
+    - ``"bce"``: the same, and the predicted mask is scored against who is the nearest of some target:
+      :math:`w \frac{1}{N} \sum_i \operatorname{BCE}(\hat m_i, [i \text{ is nearest to some } j])` is added.
+
+    Values of absent targets, NaN too, are never seen. Costs are computed in float32 at least, under autocast too.
+    Neighbours are found without a graph, in memory that grows with N + M: see
+    :func:`~setpred.functional.nearest.nearest_neighbours`.
+
+    Args:
+        pred: Predicted elements, shape ``(B, N, C)``, or ``(K, B, N, C)`` for K predictions of the same targets.
+        target: Target elements, shape ``(B, M, C)``.
+        pred_mask: Predicted presence in [0, 1], shape ``(B, N)`` or ``(K, B, N)``.
+        target_mask: Bool or float {0, 1}, shape ``(B, M)``; None means that all are present.
+        cost: Cost d of a pair: ``"huber"``, ``"mse"``, ``"l1"``, or a callable ``(B, N, C), (B, M, C) -> (B, N, M)``,
+            see :func:`~setpred.functional.pairwise.pairwise_cost`.
+        matching_cost: Cost by which neighbours are nearest, if another than the one that is charged.
+        presence: ``"feature"``, ``"bce"`` or ``"none"``.
+        presence_weight: Weight w of the binary cross-entropy.
+        reduction: ``"mean"`` or ``"sum"`` over sets, or ``"none"``: shape ``(B,)`` or ``(K, B)``.
+
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: If a shape is wrong or a choice is unknown.
+        TypeError: If a dtype is wrong.
+
+    Example:
+        >>> pred, target = torch.tensor([[[0.0], [4.0]]]), torch.tensor([[[1.0]]])
+        >>> chamfer_loss(pred, target, cost="mse", presence="none")  # (1 + 9) / 2 + 1
+        tensor(6.)
+
+    Source: Zhang et al. (NeurIPS 2019), equation 1; Fan et al. (CVPR 2017), section 4.1, for points.
+    """
+    check_options(cost, matching_cost, presence, presence_weight, reduction)
+    with full_precision(pred.device):
+        sets = enter(pred, target, pred_mask, target_mask, presence)
+        pred, target, weight, present = sets.pred, sets.target, sets.pred_mask, sets.present
+        exists = None if weight is None else weight.detach() > 0
+        if presence == "feature":
+            present = None
+        elif exists is not None:
+            pred = pred.masked_fill(~exists.unsqueeze(-1), 0)
+        if pred.shape[1] == 0 or target.shape[1] == 0:
+            matched = pred.new_zeros(pred.shape[:2], dtype=torch.bool)
+            value = pred.flatten(1)[:, :0].sum(1)  # 0, but connected
+        else:
+            of_pred, of_target = nearest_neighbours(
+                pred, target, cost if matching_cost is None else matching_cost, x_mask=exists, y_mask=present
+            )
+            # Only who has a neighbour is charged.
+            charged_pred, charged_target = _both(exists, present), _both(present, exists)
+            from_pred = charge(pred, gather_rows(target, of_pred), cost, charged_pred)
+            from_target = charge(gather_rows(pred, of_target), target, cost, charged_target)
+            value = _weighted_mean(from_pred, charged_pred, weight) + _weighted_mean(from_target, charged_target)
+            matched = _chosen(of_target, charged_target, pred.shape[1])
+        if weight is not None and presence == "bce":
+            value = value + presence_weight * presence_loss(weight, matched)
+    return reduce(value.view(sets.shape), reduction)
+
+
+def _both(mask: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Restrict a set's mask (S, N) to the sets whose other side is not empty."""
+    if other is None:
+        return mask
+    possible = other.any(1, keepdim=True)
+    return possible if mask is None else mask & possible
+
+
+def _weighted_mean(value: Tensor, charged: Tensor | None, weight: Tensor | None = None) -> Tensor:
+    if charged is None and weight is None:
+        return mean_rows(value)
+    if weight is None:
+        weight = torch.ones_like(value)
+    if charged is not None:
+        weight = weight.masked_fill(~charged, 0)
+    total = weight.sum(1)
+    return (value * weight).sum(1) / torch.where(total > 0, total, 1)
+
+
+def _chosen(of_target: Tensor, charged: Tensor | None, rows: int) -> Tensor:
+    """Say which of the rows are the nearest of some target, (S, rows)."""
+    if charged is not None:
+        of_target = of_target.masked_fill(~charged, rows)
+    return torch.zeros_like(of_target[:, :1]).bool().repeat(1, rows + 1).scatter(1, of_target, True)[:, :rows]
+
+
+class ChamferLoss(nn.Module):
+    """Module form of :func:`chamfer_loss`.
+
+    Args:
+        cost: ``"huber"``, ``"mse"``, ``"l1"`` or a callable ``(B, N, C), (B, M, C) -> (B, N, M)``. An ``nn.Module`` is
+            registered, so that its parameters move and train with the loss.
+        matching_cost: Cost by which neighbours are nearest, if another than the one that is charged.
+        presence: ``"feature"``, ``"bce"`` or ``"none"``.
+        presence_weight: Weight of the binary cross-entropy.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Raises:
+        ValueError: If a choice is unknown or the weight is negative.
+
+    Example:
+        >>> loss = ChamferLoss("mse", presence="none")
+        >>> loss(torch.tensor([[[0.0], [4.0]]]), torch.tensor([[[1.0]]]))
+        tensor(6.)
+
+    Source: Zhang et al. (NeurIPS 2019), equation 1.
+    """
+
+    def __init__(
+        self,
+        cost: Cost = "huber",
+        *,
+        matching_cost: Cost | None = None,
+        presence: Presence = "feature",
+        presence_weight: float = 1.0,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__()
+        check_options(cost, matching_cost, presence, presence_weight, reduction)
+        self.cost = cost
+        self.matching_cost = matching_cost
+        self.presence: Presence = presence
+        self.presence_weight = presence_weight
+        self.reduction: Reduction = reduction
+
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        pred_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+    ) -> Tensor:
+        """See :func:`chamfer_loss`."""
+        return chamfer_loss(
+            pred,
+            target,
+            pred_mask,
+            target_mask,
+            cost=self.cost,
+            matching_cost=self.matching_cost,
+            presence=self.presence,
+            presence_weight=self.presence_weight,
+            reduction=self.reduction,
+        )
+
+    @override
+    def extra_repr(self) -> str:
+        return options_repr(self)
