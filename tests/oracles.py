@@ -1,5 +1,6 @@
 """Slow, literal transcriptions of the formulas: loops over samples, features, ranks, pairs and steps."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -159,3 +160,76 @@ def representation_loss(representation: Tensor, target: Tensor, kind: str) -> Te
         for b in range(batch)
     ]
     return torch.stack(per_sample) / features
+
+
+def pair_cost(x: Tensor, y: Tensor, kind: str) -> Tensor:
+    """Cost of one pair, a mean over channels."""
+    total = x.new_zeros(())
+    for difference in (x - y).unbind():
+        size = difference.abs()
+        if kind == "huber":
+            total = total + (size**2 / 2 if size < 1 else size - 1 / 2)
+        else:
+            total = total + (size**2 if kind == "mse" else size)
+    return total / len(x)
+
+
+def least_assignment(cost: Tensor) -> Tensor:
+    """Least total cost of matching all of the smaller side, over all ways to do it."""
+    rows, cols = cost.shape
+    if rows > cols:
+        return least_assignment(cost.T)
+    ways = itertools.permutations(range(cols), rows)
+    return min(sum((cost[i, j] for i, j in enumerate(way)), cost.new_zeros(())) for way in ways)
+
+
+def _cross_entropy(mask: Tensor, chosen: set[int]) -> Tensor:
+    value = mask.new_zeros(())
+    for i, m in enumerate(mask):
+        value = value - (m.log() if i in chosen else (1 - m).log())
+    return value / len(mask)
+
+
+def hungarian_loss(
+    pred: Tensor, target: Tensor, pred_mask: Tensor, target_mask: Tensor, kind: str, presence: str, weight: float = 1.0
+) -> Tensor:
+    """Hungarian loss of one set, by brute force; ``target`` has no more rows than ``pred``."""
+    n = len(pred)
+    if presence == "feature":
+        left = [torch.cat([x, m.view(1)]) for x, m in zip(pred, pred_mask, strict=True)]
+        right = [torch.cat([y * m, m.view(1)]) for y, m in zip(target, target_mask, strict=True)]
+        right += [torch.zeros_like(left[0])] * (n - len(right))
+    else:
+        left, right = list(pred), [y for y, m in zip(target, target_mask, strict=True) if m == 1]
+    best, matched = None, set()
+    for way in itertools.permutations(range(n), len(right)):
+        cost = sum((pair_cost(left[i], y, kind) for i, y in zip(way, right, strict=True)), pred.new_zeros(()))
+        if best is None or cost < best:
+            best, matched = cost, set(way)
+    value = best / max(len(right), 1)
+    return value + weight * _cross_entropy(pred_mask, matched) if presence == "bce" else value
+
+
+def chamfer_loss(
+    pred: Tensor, target: Tensor, pred_mask: Tensor, target_mask: Tensor, kind: str, presence: str, weight: float = 1.0
+) -> Tensor:
+    """Chamfer loss of one set."""
+    if presence == "feature":
+        left = {i: torch.cat([pred[i], pred_mask[i].view(1)]) for i in range(len(pred))}
+        right = [torch.cat([y * m, m.view(1)]) for y, m in zip(target, target_mask, strict=True)]
+        weights = dict.fromkeys(left, pred.new_ones(()))
+    else:
+        left = {i: pred[i] for i in range(len(pred)) if pred_mask[i] > 0}
+        right = [y for y, m in zip(target, target_mask, strict=True) if m == 1]
+        weights = {i: pred_mask[i] for i in left}
+    value, matched = pred.new_zeros(()), set()
+    if left and right:
+        nearest = [min(pair_cost(x, y, kind) for y in right) for x in left.values()]
+        total = sum(weights.values())
+        value = value + sum(weights[i] * cost for i, cost in zip(left, nearest, strict=True)) / total
+        for y in right:
+            costs = {i: pair_cost(x, y, kind) for i, x in left.items()}
+            chosen = min(costs, key=lambda i: costs[i])
+            matched.add(chosen)
+            value = value + costs[chosen] / len(right)
+    return value + weight * _cross_entropy(pred_mask, matched) if presence == "bce" else value

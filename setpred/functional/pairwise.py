@@ -25,6 +25,8 @@ def check_cost(name: str, cost: object) -> None:
 
 def _elementwise(x: Tensor, y: Tensor, cost: str) -> Tensor:
     if cost == "huber":
+        if torch.is_grad_enabled() and x.shape != y.shape:  # its gradient knows no broadcasting
+            x, y = torch.broadcast_tensors(x, y)
         loss: Tensor = torch.ops.aten.smooth_l1_loss(x, y, 0, 1.0)  # F's function warns of broadcasting
         return loss
     return (x - y).square() if cost == "mse" else (x - y).abs()
