@@ -8,7 +8,16 @@ A backbone gives a vector, a decoder makes a set of it, a loss compares it with 
 from setpred import functional
 from setpred.decoders import DSPNDecoder, LSTMDecoder, MLPDecoder
 from setpred.encoders import FSPool, FSUnpool, PooledEncoder, RelationEncoder, SetEncoder
-from setpred.losses import DSPNLoss, RepresentationLoss, representation_loss
+from setpred.functional import linear_assignment
+from setpred.losses import (
+    ChamferLoss,
+    DSPNLoss,
+    HungarianLoss,
+    RepresentationLoss,
+    chamfer_loss,
+    hungarian_loss,
+    representation_loss,
+)
 from setpred.sets import SetPrediction, Trajectory, pad_sets, unpad_sets
 
 __version__ = "0.1.0"
@@ -26,8 +35,13 @@ __all__ = [
     "DSPNDecoder",
     "MLPDecoder",
     "LSTMDecoder",
+    "HungarianLoss",
+    "hungarian_loss",
+    "ChamferLoss",
+    "chamfer_loss",
     "RepresentationLoss",
     "representation_loss",
     "DSPNLoss",
+    "linear_assignment",
     "functional",
 ]

@@ -1,6 +1,16 @@
 """Losses between predicted and target sets."""
 
+from setpred.losses.chamfer import ChamferLoss, chamfer_loss
 from setpred.losses.dspn import DSPNLoss
+from setpred.losses.hungarian import HungarianLoss, hungarian_loss
 from setpred.losses.representation import RepresentationLoss, representation_loss
 
-__all__ = ["RepresentationLoss", "representation_loss", "DSPNLoss"]
+__all__ = [
+    "HungarianLoss",
+    "hungarian_loss",
+    "ChamferLoss",
+    "chamfer_loss",
+    "RepresentationLoss",
+    "representation_loss",
+    "DSPNLoss",
+]
