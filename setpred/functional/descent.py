@@ -7,6 +7,7 @@ sample's steps never depend on the samples beside it.
 
 from __future__ import annotations  # torch.compile cannot evaluate the annotations of nested functions
 
+import math
 from collections.abc import Callable
 from typing import Generic, Literal, NamedTuple, TypeVar
 
@@ -166,6 +167,8 @@ def descend(
         raise ValueError("`momentum` must be positive when `nesterov` is True, got 0")
     if grad_clip is not None:
         check_positive("grad_clip", grad_clip)
+    if tol is not None:
+        check_at_least("tol", tol, -math.inf)
     if gradient == "autograd" and torch.is_inference_mode_enabled():
         raise RuntimeError(
             "`gradient='autograd'` cannot run under torch.inference_mode(): use torch.no_grad(). A decoder falls back "

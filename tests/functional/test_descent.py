@@ -1,0 +1,479 @@
+"""The inner loop: its steps, its two derivatives, and the modes it runs in. Nothing here is a set."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from setpred.functional import Descent, descend
+from tests import oracles
+
+EXACT = {"rtol": 1e-9, "atol": 1e-9}
+DOUBLE = {"dtype": torch.float64}
+BOTH_GRADIENTS = pytest.mark.parametrize("gradient", ["func", "autograd"])
+BOTH_DERIVATIVES = pytest.mark.parametrize("differentiate", ["unrolled", "implicit"])
+
+FEATURES = 4
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "momentum": {"momentum": 0.8},
+    "nesterov": {"momentum": 0.8, "nesterov": True},
+    "clip": {"grad_clip": 0.3},
+    "project": {"project": lambda y: y.clamp(-0.5, 0.5)},
+    "tol": {"tol": 0.15},
+    "all": {
+        "momentum": 0.8,
+        "nesterov": True,
+        "grad_clip": 0.3,
+        "project": lambda y: y.clamp(-0.5, 0.5),
+        "tol": 0.15,
+    },
+}
+EVERY_OPTION = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+
+
+class Problem:
+    """Find y with tanh(W y) = z: parameters W, conditioning z, start y0, a vector per sample."""
+
+    def __init__(self, batch: int) -> None:
+        self.weight = torch.randn(FEATURES, FEATURES, **DOUBLE, requires_grad=True)
+        self.z = torch.randn(batch, FEATURES, **DOUBLE).tanh().requires_grad_()
+        self.init = (0.5 * torch.randn(batch, FEATURES, **DOUBLE)).requires_grad_()
+        self.inputs = (self.weight, self.z, self.init)
+
+    def objective(self, y: Tensor) -> Tensor:
+        return 0.5 * ((y @ self.weight.t()).tanh() - self.z).square().sum(1)
+
+    def of_sample(self, b: int) -> Callable[[Tensor], Tensor]:
+        return lambda y: 0.5 * ((self.weight @ y).tanh() - self.z[b]).square().sum()
+
+    def literally(self, **options: Any) -> Descent[Tensor]:
+        """Every sample by itself, by the oracle."""
+        samples = [oracles.descend(self.of_sample(b), y, **options) for b, y in enumerate(self.init)]
+        points, losses, norms = (torch.stack([torch.stack(s[i]) for s in samples], 1) for i in range(3))
+        return Descent(points[-1], points, losses, norms)
+
+
+def gradients(value: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Of a value's random but fixed projection; zeros where it does not depend on an input."""
+    torch.manual_seed(1)
+    projected = (value * torch.randn_like(value)).sum()
+    return list(torch.autograd.grad(projected, inputs, retain_graph=True, materialize_grads=True))
+
+
+def assert_close(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, **EXACT)
+
+
+# Steps
+
+
+@EVERY_OPTION
+@BOTH_GRADIENTS
+@given(batch=st.integers(1, 4), steps=st.integers(1, 6), lr=st.floats(0.1, 1), seed=st.integers(0, 2**31))
+def test_steps_equal_the_formula(
+    options: dict[str, Any], gradient: str, batch: int, steps: int, lr: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    problem = Problem(batch)
+    actual = descend(problem.objective, problem.init, steps=steps, lr=lr, **options, record=True, gradient=gradient)
+    expected = problem.literally(steps=steps, lr=lr, **options)
+    assert_close(actual, expected)
+    assert actual.trajectory.shape == (steps + 1, batch, FEATURES)
+    assert actual.loss.shape == actual.grad_norm.shape == (steps, batch)
+
+
+@EVERY_OPTION
+@BOTH_GRADIENTS
+def test_unrolled_gradient_equals_that_of_the_literal_loop(options: dict[str, Any], gradient: str) -> None:
+    problem = Problem(3)
+    actual = descend(problem.objective, problem.init, steps=4, lr=0.5, **options, record=True, gradient=gradient)
+    expected = problem.literally(steps=4, lr=0.5, **options)
+    for a, e in zip(actual, expected, strict=True):  # the whole record is differentiable
+        assert_close(gradients(a, problem.inputs), gradients(e, problem.inputs))
+
+
+@EVERY_OPTION
+@BOTH_DERIVATIVES
+def test_a_sample_alone_descends_as_in_a_batch(options: dict[str, Any], differentiate: str) -> None:
+    problem = Problem(4)
+    batch = descend(
+        problem.objective, problem.init, steps=5, lr=0.5, **options, record=True, differentiate=differentiate
+    )
+    of_batch = torch.autograd.grad(batch.value[2].sum(), (problem.weight, problem.z), materialize_grads=True)
+    alone = descend(
+        lambda y: problem.of_sample(2)(y[0]).view(1),
+        problem.init[2:3],
+        steps=5,
+        lr=0.5,
+        **options,
+        record=True,
+        differentiate=differentiate,
+    )
+    assert_close([alone.value[0], alone.trajectory[:, 0]], [batch.value[2], batch.trajectory[:, 2]])
+    of_alone = torch.autograd.grad(alone.value.sum(), (problem.weight, problem.z), materialize_grads=True)
+    assert_close(of_alone, of_batch)
+
+
+@EVERY_OPTION
+@BOTH_DERIVATIVES
+@BOTH_GRADIENTS
+def test_a_tuple_descends_as_one_tensor(options: dict[str, Any], differentiate: str, gradient: str) -> None:
+    problem, how = Problem(3), {"differentiate": differentiate, "gradient": gradient, "record": True}
+    one = descend(problem.objective, problem.init, steps=5, lr=0.5, **options, **how)
+    options = dict(options)
+    if "project" in options:
+        options["project"] = lambda y: tuple(part.clamp(-0.5, 0.5) for part in y)
+    two = descend(
+        lambda y: problem.objective(torch.cat([y[0].flatten(1), y[1].unsqueeze(1)], 1)),
+        (problem.init[:, :3].view(3, 3, 1), problem.init[:, 3]),
+        steps=5,
+        lr=0.5,
+        **options,
+        **how,
+    )
+    assert two.value[0].shape == (3, 3, 1)
+    assert two.trajectory[1].shape == (6, 3)
+    joined = torch.cat([two.value[0].flatten(1), two.value[1].unsqueeze(1)], 1)
+    assert_close([joined, two.loss, two.grad_norm], [one.value, one.loss, one.grad_norm])
+    assert_close(gradients(joined, problem.inputs), gradients(one.value, problem.inputs))
+
+
+@BOTH_GRADIENTS
+def test_a_part_that_the_objective_ignores_stays(gradient: str) -> None:
+    init = (torch.rand(2, 3), torch.rand(2, 5))
+    value = descend(lambda y: y[0].square().sum(1), init, steps=3, lr=0.1, gradient=gradient, momentum=0.5).value
+    assert torch.equal(value[1], init[1])
+    assert not torch.equal(value[0], init[0])
+
+
+def test_nothing_is_recorded_unless_asked() -> None:
+    problem = Problem(2)
+    assert descend(problem.objective, problem.init, steps=2, lr=0.1)[1:] == (None, None, None)
+
+
+# Stopping
+
+
+def test_converged_samples_freeze_and_the_loop_ends_early() -> None:
+    target = torch.zeros(3, 1)
+    calls = 0
+
+    def objective(y: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return 0.5 * (y - target).square().sum(1)
+
+    # Halved at each step, objectives 0.5 * 4^-t from 0.5, 8 and 0: under 0.1 after 2, 4 and 0 steps.
+    init = torch.tensor([[1.0], [4.0], [0.0]])
+    result = descend(objective, init, steps=10, lr=0.5, tol=0.1, record=True)
+    expected = [[1, 0.5, 0.25], [4, 2, 1, 0.5, 0.25], [0]]
+    for b, points in enumerate(expected):
+        assert result.trajectory[:, b, 0].tolist() == points + points[-1:] * (11 - len(points))
+    assert result.trajectory.shape == (11, 3, 1)
+    assert torch.equal(result.loss, 0.5 * result.trajectory[:-1, :, 0].square())
+    assert torch.equal(result.grad_norm, result.trajectory[:-1, :, 0].abs())
+    assert calls == 5
+
+
+@BOTH_DERIVATIVES
+def test_tol_gives_the_same_compiled(differentiate: str) -> None:
+    weight, z = torch.randn(4, 4, requires_grad=True), torch.randn(3, 4)
+
+    def run(init: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        result = descend(
+            lambda y: 0.5 * ((y @ weight).tanh() - z.tanh()).square().sum(1),
+            init,
+            steps=6,
+            lr=0.5,
+            momentum=0.9,
+            nesterov=True,
+            grad_clip=0.5,
+            tol=0.3,
+            record=True,
+            differentiate=differentiate,
+        )
+        return result.value, result.trajectory, result.loss
+
+    init = torch.zeros(3, 4)
+    eager, compiled = run(init), torch.compile(run, fullgraph=True, backend="aot_eager")(init)
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(gradients(compiled[0], (weight,)), gradients(eager[0], (weight,)))
+
+
+@BOTH_GRADIENTS
+@BOTH_DERIVATIVES
+@pytest.mark.parametrize("start", ["all converged", "one converged"])
+def test_converged_samples_have_finite_outer_gradients(gradient: str, differentiate: str, start: str) -> None:
+    z = torch.randn(3, 4, **DOUBLE, requires_grad=True)
+    init = z.detach().clone()
+    if start == "one converged":
+        init[1:] += 1
+    result = descend(
+        lambda y: 0.5 * (y - z).square().sum(1),
+        init,
+        steps=3,
+        lr=0.5,
+        grad_clip=0.1,
+        record=True,
+        gradient=gradient,
+        differentiate=differentiate,
+    )
+    total = result.value.sum() + result.grad_norm.sum()
+    (of_z,) = torch.autograd.grad(total, z)
+    assert of_z.isfinite().all()
+    assert of_z.any()
+    assert not result.grad_norm[:, 0].any()
+
+
+# Implicit differentiation
+
+
+@BOTH_GRADIENTS
+@pytest.mark.parametrize("bounds", [None, (-0.3, 0.3)], ids=["free", "projected"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_implicit_gradient_is_that_of_one_step(gradient: str, bounds: tuple[float, float] | None, steps: int) -> None:
+    problem = Problem(5)
+    options = {"lr": 0.5, "momentum": 0.9, "nesterov": True, "grad_clip": 0.5}
+    options["project"] = None if bounds is None else lambda y: y.clamp(*bounds)
+    result = descend(
+        problem.objective, problem.init, steps=steps, **options, differentiate="implicit", gradient=gradient
+    )
+    points = problem.literally(steps=steps, **options).trajectory.detach()
+    assert_close(result.value, points[-1])
+
+    # By hand, at the point y before the last step: -v^T d(grad L(y)), where the step y - grad is not cut off.
+    v = torch.randn_like(result.value)
+    y = points[-2].clone().requires_grad_()
+    (g,) = torch.autograd.grad(problem.objective(y).sum(), y, create_graph=True)
+    free = torch.ones_like(y) if bounds is None else (bounds[0] < y - g) & (y - g < bounds[1])
+    expected = torch.autograd.grad(-(v * free * g).sum(), (problem.weight, problem.z))
+    actual = torch.autograd.grad((v * result.value).sum(), problem.inputs, allow_unused=True)
+    assert_close(actual[:2], expected)
+    assert all(part.any() for part in expected)
+    assert actual[2] is None  # the initial point has no part in it
+    if bounds is not None:
+        assert 0 < free.sum() < free.numel()  # both cases are there
+
+
+def test_implicit_gradient_is_exact_where_the_hessian_is_the_identity() -> None:
+    weight, z = torch.randn(3, 4, **DOUBLE, requires_grad=True), torch.randn(2, 4, **DOUBLE, requires_grad=True)
+    result = descend(
+        lambda y: 0.5 * (y - z @ weight.t()).square().sum(1),
+        torch.zeros(2, 3, **DOUBLE),
+        steps=60,
+        lr=0.5,
+        differentiate="implicit",
+    )
+    solution = z @ weight.t()
+    assert_close(result.value, solution)
+    assert_close(gradients(result.value, (weight, z)), gradients(solution, (weight, z)))
+
+
+@BOTH_GRADIENTS
+def test_implicit_gradient_reaches_init_through_an_objective_that_holds_it(gradient: str) -> None:
+    init = torch.randn(2, 3, **DOUBLE, requires_grad=True)
+    result = descend(
+        lambda y: 0.5 * (y - 2).square().sum(1) + 0.25 * (y - init).square().sum(1),
+        init,
+        steps=3,
+        lr=0.1,
+        differentiate="implicit",
+        gradient=gradient,
+    )
+    v = torch.randn(2, 3, **DOUBLE)
+    (of_init,) = torch.autograd.grad((v * result.value).sum(), init)
+    assert_close(of_init, 0.5 * v)  # -v^T d(y - 2 + (y - init) / 2) / d(init)
+
+
+def test_implicit_records_detached() -> None:
+    problem = Problem(2)
+    options = {"steps": 3, "lr": 0.5, "record": True}
+    implicit = descend(problem.objective, problem.init, **options, differentiate="implicit")
+    assert implicit.value.requires_grad
+    assert not any(part.requires_grad for part in implicit[1:])
+    assert_close(implicit, descend(problem.objective, problem.init, **options))
+
+
+# Modes
+
+
+@EVERY_OPTION
+@BOTH_DERIVATIVES
+@BOTH_GRADIENTS
+def test_values_are_the_same_without_grad_mode(options: dict[str, Any], differentiate: str, gradient: str) -> None:
+    problem = Problem(3)
+
+    def run() -> Descent[Tensor]:
+        return descend(
+            problem.objective,
+            problem.init,
+            steps=4,
+            lr=0.5,
+            **options,
+            record=True,
+            differentiate=differentiate,
+            gradient=gradient,
+        )
+
+    expected = run()
+    with torch.no_grad():
+        actual = run()
+    assert not any(part.requires_grad for part in actual)
+    assert_close(actual, expected)
+    if gradient == "func":
+        with torch.inference_mode():
+            assert_close(run(), expected)
+    else:
+        with torch.inference_mode(), pytest.raises(RuntimeError, match="`gradient='autograd'` cannot run under"):
+            run()
+
+
+@BOTH_GRADIENTS
+@pytest.mark.parametrize("mode", ["no_grad", "implicit", "unrolled"])
+def test_memory_grows_with_steps_only_where_they_are_unrolled(mode: str, gradient: str) -> None:
+    problem, points, alive = Problem(2), [], []
+
+    def project(y: Tensor) -> Tensor:
+        alive.append(sum(point() is not None for point in points))
+        y = y.clone()
+        points.append(weakref.ref(y))
+        return y
+
+    with torch.set_grad_enabled(mode != "no_grad"):
+        differentiate = "implicit" if mode == "implicit" else "unrolled"
+        descend(
+            problem.objective,
+            problem.init,
+            steps=12,
+            lr=0.1,
+            project=project,
+            differentiate=differentiate,
+            gradient=gradient,
+        )
+    assert max(alive) == 11 if mode == "unrolled" else max(alive) <= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@BOTH_DERIVATIVES
+def test_dtypes_are_kept(dtype: torch.dtype, differentiate: str) -> None:
+    z = torch.randn(2, 3, dtype=dtype, requires_grad=True)
+    result = descend(
+        lambda y: 0.5 * (y.float() - z.float()).square().sum(1),
+        torch.zeros(2, 3, dtype=dtype),
+        steps=8,
+        lr=0.5,
+        momentum=0.3,
+        grad_clip=10.0,
+        tol=1e-6,
+        differentiate=differentiate,
+    )
+    assert result.value.dtype == dtype
+    torch.testing.assert_close(result.value, z, rtol=0, atol=0.05)
+    assert torch.autograd.grad(result.value.sum(), z)[0].isfinite().all()
+
+
+def test_norms_of_float16_do_not_overflow() -> None:
+    init = torch.zeros(1, 4, dtype=torch.float16)
+    result = descend(lambda y: 300 * y.sum(1), init, steps=1, lr=1.0, grad_clip=1.0, record=True)
+    assert result.grad_norm.item() == 600
+    assert result.value.tolist() == [[-0.5] * 4]
+
+
+@BOTH_DERIVATIVES
+@BOTH_GRADIENTS
+def test_an_empty_batch_descends_to_an_empty_batch(differentiate: str, gradient: str) -> None:
+    init = torch.zeros(0, 3, requires_grad=True)
+    result = descend(
+        lambda y: y.square().sum(1),
+        init,
+        steps=4,
+        lr=0.1,
+        grad_clip=1.0,
+        tol=0.1,
+        record=True,
+        differentiate=differentiate,
+        gradient=gradient,
+    )
+    assert result.value.shape == (0, 3)
+    assert result.trajectory.shape == (5, 0, 3)
+    assert result.loss.shape == result.grad_norm.shape == (4, 0)
+
+
+# Something else than a set: points up to rotation
+
+
+def test_decodes_points_up_to_rotation_from_their_inner_products() -> None:
+    points = torch.randn(4, 6, 2, **DOUBLE)
+    gram = points @ points.mT
+
+    def objective(y: Tensor) -> Tensor:
+        return 0.25 * (y @ y.mT - gram).square().sum((1, 2))
+
+    result = descend(
+        objective, 0.1 * torch.randn(4, 6, 2, **DOUBLE), steps=600, lr=0.02, momentum=0.9, grad_clip=5.0, record=True
+    )
+    assert (result.loss[-1] < 1e-12 * result.loss[0]).all()
+    # Orthogonal Procrustes: the best rotation or reflection of the decoded points onto the true ones.
+    u, _, v = torch.linalg.svd(result.value.mT @ points)
+    torch.testing.assert_close(result.value @ (u @ v), points, rtol=0, atol=1e-5)
+    assert (result.value - points).abs().amax((1, 2)).min() > 0.01  # and it is not the one it was made from
+
+
+# Errors
+
+START = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "options"),
+    [
+        (ValueError, "`steps` must be at least 1, got 0", {"steps": 0}),
+        (TypeError, r"`steps` must be an integer, got 2.5 \(float\)", {"steps": 2.5}),
+        (ValueError, "`lr` must be positive, got 0", {"lr": 0}),
+        (ValueError, "`lr` must be positive, got nan", {"lr": float("nan")}),
+        (TypeError, r"`lr` must be a number, got '1' \(str\)", {"lr": "1"}),
+        (ValueError, "`momentum` must be at least 0, got -0.1", {"momentum": -0.1}),
+        (ValueError, "`momentum` must be positive when `nesterov` is True, got 0", {"nesterov": True}),
+        (ValueError, "`grad_clip` must be positive, got 0", {"grad_clip": 0}),
+        (TypeError, "`tol` must be a number, got 'a'", {"tol": "a"}),
+        (ValueError, "`tol` must be at least -inf, got nan", {"tol": float("nan")}),
+        (ValueError, "`differentiate` must be one of 'unrolled', 'implicit', got 'no'", {"differentiate": "no"}),
+        (ValueError, "`gradient` must be one of 'func', 'autograd', got 'jax'", {"gradient": "jax"}),
+        (TypeError, r"`init` must be a tensor or a tuple of tensors, got 1.0", {"init": 1.0}),
+        (TypeError, r"`init` must be a tensor or a tuple of tensors, got \(\)", {"init": ()}),
+        (TypeError, r"`init` must be a tensor, got 1.0 \(float\)", {"init": (START, 1.0)}),
+        (TypeError, "`init` must have a floating dtype, got int64 of shape", {"init": START.long()}),
+        (ValueError, r"`init` must have the batch as first dimension, got shape \(\)", {"init": START.sum()}),
+        (
+            ValueError,
+            r"`init` must have the batch as first dimension, got shape \(2, 3\), \(1, 3\)",
+            {"init": (START, START[:1])},
+        ),
+    ],
+)
+def test_refuses(error: type[Exception], message: str, options: dict[str, Any]) -> None:
+    arguments = {"init": START, "steps": 2, "lr": 0.1} | options
+    with pytest.raises(error, match=message):
+        descend(lambda y: y.square().sum(1), **arguments)
+
+
+@BOTH_GRADIENTS
+@pytest.mark.parametrize(
+    ("error", "message", "objective"),
+    [
+        (ValueError, r"one value per sample, shape \(2,\), got \(\)", lambda y: y.sum()),
+        (ValueError, r"one value per sample, shape \(2,\), got \(2, 3\)", lambda y: y * 2),
+        (TypeError, r"`objective\(y\)` must be a tensor, got 1.0", lambda y: 1.0),
+    ],
+)
+def test_refuses_objectives(
+    gradient: str, error: type[Exception], message: str, objective: Callable[[Tensor], Tensor]
+) -> None:
+    with pytest.raises(error, match=message):
+        descend(objective, START, steps=1, lr=0.1, gradient=gradient)
