@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from setpred._checks import check_count, check_positive
+from setpred._checks import check_count, check_positive, check_shape
 from setpred.functional.sort_pool import sort_pool, sort_unpool
 
 
@@ -102,6 +102,7 @@ class FSPool(_SortWeights):
             ValueError: If a shape is wrong, or a float mask comes with ``relaxed``.
             TypeError: If a dtype is wrong.
         """
+        check_shape("elements", elements, "B", "N", self.in_channels)
         pooled, permutation = sort_pool(elements, self.weight, mask, relaxed=self.relaxed)
         return (pooled, permutation) if return_permutation else pooled
 
@@ -158,4 +159,5 @@ class FSUnpool(_SortWeights):
             ValueError: If a shape is wrong.
             TypeError: If a dtype is wrong.
         """
+        check_shape("vector", vector, "B", self.in_channels)
         return sort_unpool(vector, permutation, self.weight, mask)
