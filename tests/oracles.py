@@ -201,13 +201,12 @@ def hungarian_loss(
         right += [torch.zeros_like(left[0])] * (n - len(right))
     else:
         left, right = list(pred), [y for y, m in zip(target, target_mask, strict=True) if m == 1]
-    best, matched = None, set()
-    for way in itertools.permutations(range(n), len(right)):
-        cost = sum((pair_cost(left[i], y, kind) for i, y in zip(way, right, strict=True)), pred.new_zeros(()))
-        if best is None or cost < best:
-            best, matched = cost, set(way)
-    value = best / max(len(right), 1)
-    return value + weight * _cross_entropy(pred_mask, matched) if presence == "bce" else value
+    costs = [[pair_cost(x, y, kind) for y in right] for x in left]
+    numbers = [[cost.item() for cost in row] for row in costs]
+    ways = itertools.permutations(range(n), len(right))
+    best = min(ways, key=lambda way: sum(numbers[i][j] for j, i in enumerate(way)))
+    value = sum((costs[i][j] for j, i in enumerate(best)), pred.new_zeros(())) / max(len(right), 1)
+    return value + weight * _cross_entropy(pred_mask, set(best)) if presence == "bce" else value
 
 
 def chamfer_loss(

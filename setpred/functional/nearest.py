@@ -81,14 +81,18 @@ def _found_shape(
     return x.new_empty(x.shape[:2], dtype=torch.int64), y.new_empty(y.shape[:2], dtype=torch.int64)
 
 
+def _tile(device: torch.device) -> int:
+    """Pairs in a tile: what stays in a core's cache; a GPU wants more at once."""
+    return 2**17 if device.type == "cpu" else 2**26
+
+
 def _by_tiles(x: Tensor, y: Tensor, cost: Cost, x_mask: Tensor | None, y_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, n, m = len(x), x.shape[1], y.shape[1]
     of_x, of_y = x.new_zeros(batch, n, dtype=torch.int64), x.new_zeros(batch, m, dtype=torch.int64)
     if min(batch, n, m) == 0:
         return of_x, of_y
     least_of_x, least_of_y = x.new_full((batch, n), torch.inf), x.new_full((batch, m), torch.inf)
-    # Tiles that stay in a core's cache; a GPU wants them large, and a compiler no loop.
-    tile = batch * n * m if torch.compiler.is_compiling() else 2**17 if x.device.type == "cpu" else 2**26
+    tile = batch * n * m if torch.compiler.is_compiling() else _tile(x.device)  # a compiler would unroll the loop
     cols = min(m, max(math.isqrt(tile), tile // n))
     rows = min(n, max(tile // cols, 1))
     sets = max(tile // (rows * cols), 1)

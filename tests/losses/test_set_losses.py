@@ -1,0 +1,306 @@
+"""What Hungarian and Chamfer loss have in common; what is each one's own is in its own file."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from setpred.functional.pairwise import pairwise_cost
+from setpred.losses.chamfer import ChamferLoss, chamfer_loss
+from setpred.losses.hungarian import HungarianLoss, hungarian_loss
+from tests import oracles
+
+EXACT = {"rtol": 1e-9, "atol": 1e-9}
+DOUBLE = {"dtype": torch.float64}
+LOSSES = {"hungarian": (hungarian_loss, oracles.hungarian_loss), "chamfer": (chamfer_loss, oracles.chamfer_loss)}
+
+name = pytest.mark.parametrize("name", LOSSES)
+presence = pytest.mark.parametrize("presence", ["feature", "bce", "none"])
+kind = pytest.mark.parametrize("kind", ["huber", "mse", "l1"])
+
+
+def random_sets(
+    batch: int, n: int, m: int, channels: int = 2, *, steps: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    lead = (batch,) if steps is None else (steps, batch)
+    pred, pred_mask = 2 * torch.randn(*lead, n, channels, **DOUBLE), torch.rand(*lead, n, **DOUBLE)
+    target, target_mask = 2 * torch.randn(batch, m, channels, **DOUBLE), torch.rand(batch, m) < 0.6
+    return pred.requires_grad_(), target, pred_mask.requires_grad_(), target_mask
+
+
+@name
+@presence
+@kind
+@settings(max_examples=20)
+@given(batch=st.integers(1, 2), n=st.integers(1, 5), m=st.integers(0, 4), seed=st.integers(0, 2**31))
+def test_equals_the_formula(name: str, presence: str, kind: str, batch: int, n: int, m: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    loss, oracle = LOSSES[name]
+    n = max(n, m)
+    pred, target, pred_mask, target_mask = random_sets(batch, n, m)
+    if name == "chamfer" and presence == "none":
+        pred_mask = pred_mask.detach().masked_fill(torch.rand(batch, n) < 0.3, 0).requires_grad_()
+    if name == "chamfer" and presence == "feature" and m == 0:
+        target, target_mask = torch.zeros(batch, 1, 2, **DOUBLE), torch.zeros(batch, 1)
+    garbage = target.masked_fill(~target_mask.bool().unsqueeze(-1), torch.nan)
+    options = {"cost": kind, "presence": presence, "presence_weight": 0.3}
+    actual = loss(pred, garbage, pred_mask, target_mask, reduction="none", **options)
+    parts = zip(pred, target, pred_mask, target_mask, strict=True)
+    expected = torch.stack([oracle(x, y, p, t, kind, presence, 0.3) for x, y, p, t in parts])
+    expected = expected + 0 * (pred.sum() + pred_mask.sum())  # connected where it is empty
+    torch.testing.assert_close(actual, expected, **EXACT)
+    torch.testing.assert_close(loss(pred, garbage, pred_mask, target_mask, **options), expected.mean(), **EXACT)
+    total = loss(pred, garbage, pred_mask, target_mask, reduction="sum", **options)
+    torch.testing.assert_close(total, expected.sum(), **EXACT)
+    inputs = (pred, pred_mask)
+    gradients = [torch.autograd.grad(v, inputs, allow_unused=True) for v in (total, expected.sum())]
+    for a, b in zip(*gradients, strict=True):
+        a = torch.zeros_like(b) if a is None else a
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+@name
+@presence
+def test_steps_are_a_batch_of_their_own(name: str, presence: str) -> None:
+    loss, _ = LOSSES[name]
+    pred, target, pred_mask, target_mask = random_sets(3, 5, 4, steps=4)
+    stacked = loss(pred, target, pred_mask, target_mask, presence=presence, reduction="none")
+    one_by_one = [
+        loss(x, target, m, target_mask, presence=presence, reduction="none")
+        for x, m in zip(pred, pred_mask, strict=True)
+    ]
+    torch.testing.assert_close(stacked, torch.stack(one_by_one), **EXACT)
+
+
+@name
+@presence
+def test_order_does_not_matter(name: str, presence: str) -> None:
+    """Of the elements, with duplicates among them."""
+    loss, _ = LOSSES[name]
+    pred, target, pred_mask, target_mask = (x.detach() for x in random_sets(3, 6, 6))
+    pred[:, 1], target[:, 1], target_mask[:, 1] = pred[:, 0], target[:, 0], target_mask[:, 0]
+    pred_mask[:, 1] = pred_mask[:, 0]
+    i, j = torch.randperm(6), torch.randperm(6)
+    value = loss(pred, target, pred_mask, target_mask, presence=presence)
+    other = loss(pred[:, i], target[:, j], pred_mask[:, i], target_mask[:, j], presence=presence)
+    torch.testing.assert_close(value, other, **EXACT)
+
+
+@name
+@presence
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+def test_absent_targets_are_never_seen(name: str, presence: str, value: float) -> None:
+    loss, _ = LOSSES[name]
+    pred, target, pred_mask, target_mask = random_sets(3, 5, 5)
+    absent = ~target_mask.unsqueeze(-1)
+    results = []
+    for filled in (target.masked_fill(absent, 0), target.masked_fill(absent, value)):
+        filled.requires_grad_()
+        result = loss(pred, filled, pred_mask, target_mask, presence=presence)
+        results.append((result, *torch.autograd.grad(result, (pred, filled))))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(results[0][2][~target_mask], torch.zeros_like(target[~target_mask]))
+
+
+@name
+@pytest.mark.parametrize("presence", ["bce", "none"])
+def test_more_padding_changes_nothing(name: str, presence: str) -> None:
+    loss, _ = LOSSES[name]
+    pred, target, pred_mask, target_mask = random_sets(3, 9, 5)
+    value = loss(pred, target, pred_mask, target_mask, presence=presence)
+    wider = torch.cat([target, torch.full((3, 7, 2), torch.nan, **DOUBLE)], 1)
+    mask = torch.cat([target_mask, torch.zeros(3, 7, dtype=torch.bool)], 1)
+    assert torch.equal(loss(pred, wider, pred_mask, mask, presence=presence), value)
+
+
+@name
+@presence
+def test_a_sample_alone_costs_what_it_costs_in_the_batch(name: str, presence: str) -> None:
+    loss, _ = LOSSES[name]
+    inputs = random_sets(4, 5, 5)
+    together = loss(*inputs, presence=presence, reduction="none")
+    alone = [loss(*(x[b : b + 1] for x in inputs), presence=presence) for b in range(4)]
+    torch.testing.assert_close(together, torch.stack(alone), **EXACT)
+
+
+@name
+@presence
+@pytest.mark.parametrize("m", [5, 3])
+def test_gradcheck(name: str, presence: str, m: int) -> None:
+    loss, _ = LOSSES[name]
+    pred, target, pred_mask, target_mask = random_sets(2, 5, m)
+    target.requires_grad_()
+
+    def value(pred: Tensor, target: Tensor, pred_mask: Tensor) -> Tensor:
+        return loss(pred, target, 0.1 + 0.8 * pred_mask, target_mask, presence=presence, reduction="none")
+
+    assert torch.autograd.gradcheck(value, (pred, target, pred_mask))
+
+
+@name
+@presence
+@pytest.mark.parametrize("cost", ["huber", torch.cdist])
+@pytest.mark.parametrize("targets", ["none in one", "none in all", "no rows", "no batch", "no predictions"])
+def test_without_targets(
+    name: str, presence: str, cost: str | Callable[[Tensor, Tensor], Tensor], targets: str
+) -> None:
+    loss, _ = LOSSES[name]
+    batch, n, m = {"no batch": (0, 4, 3), "no rows": (2, 4, 0), "no predictions": (2, 0, 0)}.get(targets, (2, 4, 3))
+    pred, target, pred_mask, target_mask = random_sets(batch, n, m)
+    target_mask[:] = True
+    if targets == "none in one":
+        target_mask[:1] = False
+    elif targets == "none in all":
+        target_mask[:] = False
+    value = loss(pred, target, pred_mask, target_mask, cost=cost, presence=presence)
+    assert value.isfinite()
+    value.backward()
+    assert pred.grad is not None
+    assert pred.grad.isfinite().all()
+    if presence == "none" and targets != "none in one":
+        assert value == 0
+        assert (pred.grad == 0).all()
+
+
+@name
+@presence
+def test_what_a_cost_makes_of_the_unmatched_is_not_seen(name: str, presence: str) -> None:
+    """A cost that is NaN, or has a NaN gradient, at the zeros of absent targets."""
+    loss, _ = LOSSES[name]
+
+    def ratio(x: Tensor, y: Tensor) -> Tensor:
+        return ((x.unsqueeze(2) / y.unsqueeze(1)) - 1).abs().sum(-1).sqrt()
+
+    if presence == "feature":
+        pytest.skip("there, absent targets are matched")
+    pred, target, pred_mask, target_mask = random_sets(4, 5, 5)
+    target_mask[0] = False
+    value = loss(pred, target, pred_mask, target_mask, cost=ratio, presence=presence)
+    value.backward()
+    assert value.isfinite()
+    assert pred.grad is not None
+    assert pred.grad.isfinite().all()
+
+
+@name
+@presence
+def test_low_precision_and_autocast_cost_in_float32(name: str, presence: str) -> None:
+    loss, _ = LOSSES[name]
+
+    def matmul_cost(x: Tensor, y: Tensor) -> Tensor:
+        assert x.dtype == torch.float32
+        result = -(x @ y.mT)
+        assert result.dtype == torch.float32
+        return result
+
+    pred, target, pred_mask, target_mask = (x.detach().to(torch.bfloat16) for x in random_sets(3, 5, 5))
+    pred.requires_grad_()
+    for cost in ("huber", matmul_cost):
+        expected = loss(
+            pred.float(), target.float(), pred_mask.float(), target_mask.float(), cost=cost, presence=presence
+        )
+        for enabled in (False, True):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                actual = loss(pred, target, pred_mask, target_mask, cost=cost, presence=presence)
+            assert actual.dtype == torch.float32
+            torch.testing.assert_close(actual, expected)
+            (gradient,) = torch.autograd.grad(actual, pred)
+            assert gradient.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("module", [HungarianLoss, ChamferLoss])
+@presence
+def test_compiles_as_one_graph(module: type[nn.Module], presence: str) -> None:
+    torch.compiler.reset()
+    loss = module(presence=presence)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    inputs = random_sets(2, 5, 4, steps=3)
+    expected, actual = loss(*inputs), compiled(*inputs)
+    torch.testing.assert_close(actual, expected, **EXACT)
+    for a, b in zip(torch.autograd.grad(actual, inputs[0]), torch.autograd.grad(expected, inputs[0]), strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+@pytest.mark.parametrize("module", [HungarianLoss, ChamferLoss])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch itself, on importing inductor
+def test_compiles_with_a_callable_under_inductor(module: type[nn.Module]) -> None:
+    torch.compiler.reset()
+    loss = module(lambda x, y: (x.unsqueeze(2) - y.unsqueeze(1)).abs().sum(-1), presence="bce")
+    inputs = random_sets(2, 5, 4)
+    actual, expected = torch.compile(loss, fullgraph=True)(*inputs), loss(*inputs)
+    torch.testing.assert_close(actual, expected, **EXACT)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, inputs[0]), torch.autograd.grad(expected, inputs[0]), **EXACT
+    )
+
+
+@name
+def test_charges_another_cost_than_it_matches_by(name: str) -> None:
+    loss, _ = LOSSES[name]
+    pred, target = torch.tensor([[[0.0, 0.0], [1.0, 9.0]]]), torch.tensor([[[1.0, 0.0], [0.0, 9.0]]])
+    first = loss(
+        pred, target, presence="none", cost="l1", matching_cost=lambda x, y: pairwise_cost(x[..., :1], y[..., :1])
+    )
+    second = loss(
+        pred, target, presence="none", cost="l1", matching_cost=lambda x, y: pairwise_cost(x[..., 1:], y[..., 1:])
+    )
+    sides = 1 if name == "hungarian" else 2
+    assert first.item() == pytest.approx(sides * 4.5)
+    assert second.item() == pytest.approx(sides * 0.5)
+
+
+@pytest.mark.parametrize("module", [HungarianLoss, ChamferLoss])
+def test_module(module: type[nn.Module]) -> None:
+    function = hungarian_loss if module is HungarianLoss else chamfer_loss
+    inputs = random_sets(2, 5, 5)
+    options = {"presence": "bce", "presence_weight": 0.5, "reduction": "sum", "matching_cost": "l1"}
+    loss = module("mse", **options)
+    assert torch.equal(loss(*inputs), function(*inputs, cost="mse", **options))
+    assert loss.state_dict() == {}
+    for part in ("cost='mse'", "matching_cost='l1'", "presence='bce'", "presence_weight=0.5", "reduction='sum'"):
+        assert part in repr(loss)
+    assert "presence_weight" not in repr(module())
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.scale * pairwise_cost(x, y)
+
+    loss = module(Scaled())
+    loss(*inputs).backward()
+    assert next(loss.parameters()).grad is not None
+
+
+@name
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (ValueError, r"`pred` must have shape \(B, N, C\) or \(K, B, N, C\)", {"pred": torch.rand(5, 2)}),
+        (TypeError, "`pred` must have a floating dtype", {"pred": torch.ones(2, 5, 2).long()}),
+        (ValueError, r"`target` must have shape \(2, M, 2\), got .*\(2, 5, 3\)", {"target": torch.rand(2, 5, 3)}),
+        (ValueError, r"`target` must have shape \(2, M, 2\), got .*\(3, 5, 2\)", {"target": torch.rand(3, 5, 2)}),
+        (ValueError, r"`pred_mask` must have shape \(2, 5\)", {"pred_mask": torch.rand(2, 4)}),
+        (ValueError, r"`target_mask` must have shape \(2, 5\)", {"target_mask": torch.ones(2, 5, 1)}),
+        (TypeError, "`target_mask` must be bool or floating", {"target_mask": torch.ones(2, 5).long()}),
+        (ValueError, "`cost` must be one of", {"cost": "l2"}),
+        (ValueError, "`matching_cost` must be one of", {"matching_cost": "l2"}),
+        (ValueError, "`presence` must be one of", {"presence": "maybe"}),
+        (ValueError, "`presence_weight` must be at least 0", {"presence_weight": -1}),
+        (ValueError, "`reduction` must be one of", {"reduction": "max"}),
+        (ValueError, "`pred_mask` must be given with presence='bce'", {"presence": "bce"}),
+    ],
+)
+def test_refuses(name: str, error: type[Exception], message: str, change: dict[str, object]) -> None:
+    loss, _ = LOSSES[name]
+    with pytest.raises(error, match=message):
+        loss(**({"pred": torch.rand(2, 5, 2), "target": torch.rand(2, 5, 2)} | change))
+    if not {"pred", "target", "pred_mask", "target_mask"} & change.keys() and "pred_mask" not in message:
+        with pytest.raises(error, match=message):
+            (HungarianLoss if name == "hungarian" else ChamferLoss)(**change)
