@@ -57,8 +57,11 @@ class RelationEncoder(EncoderBase):
 
     def _rows(self, x: Tensor) -> Tensor:
         # One product a sample, so that a sample's rounding is the same in every batch: BLAS has other kernels for few
-        # columns, and a last digit can decide which of two nearly equal rows FSPool ranks first.
-        weight = torch.cat(self.pair.weight.chunk(2, dim=1)).expand(len(x), -1, -1)
+        # columns, and a last digit can decide which of two nearly equal rows FSPool ranks first. And a width of whole
+        # 16 bytes, because the gradient's rounding goes by how its memory is aligned.
+        padding = (0, -x.shape[-1] % 4)
+        x = F.pad(x, padding)
+        weight = F.pad(torch.cat(self.pair.weight.chunk(2, dim=1)), padding).expand(len(x), -1, -1)
         left, right = torch.bmm(weight, x.mT).transpose(0, 1).contiguous().chunk(2)
         left = left + self.pair.bias.view(-1, 1, 1)
         return linear(self.out, F.relu(left.unsqueeze(-1) + right.unsqueeze(-2)).flatten(2))

@@ -1,0 +1,68 @@
+"""RelationEncoder: its numbers; what every encoder must do is in test_protocol.py."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from setpred import RelationEncoder
+from tests import oracles
+
+
+@pytest.mark.parametrize("pool", ["fspool", "sum", "mean", "max"])
+@given(size=st.integers(1, 4), size_feature=st.booleans(), masked=st.booleans(), seed=st.integers(0, 2**31))
+def test_equals_the_formula(pool: str, size: int, size_feature: bool, masked: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    encoder = RelationEncoder(2, 4, 5, pool=pool, size_feature=size_feature, dtype=torch.float64)
+    nn.init.normal_(encoder.pair.bias)
+    nn.init.normal_(encoder.out.bias)
+    elements, mask = torch.randn(2, size, 2, dtype=torch.float64), torch.rand(2, size, dtype=torch.float64)
+    expected = oracles.set_encoder(
+        elements,
+        mask if masked else torch.ones_like(mask),
+        [(encoder.pair.weight, encoder.pair.bias), (encoder.out.weight, encoder.out.bias)],
+        pool,
+        encoder.pool.fspool.weight if pool == "fspool" else None,
+        pairs=True,
+        size_feature=size_feature,
+    )
+    torch.testing.assert_close(encoder(elements, mask if masked else None), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_layers_have_the_published_shapes_and_start() -> None:
+    encoder = RelationEncoder(18, 64, 512)
+    assert encoder.pair.weight.shape == (512, 2 * 19)
+    assert encoder.out.weight.shape == (64, 512)
+    for layer in (encoder.pair, encoder.out):
+        assert not layer.bias.any()
+        bound = (6 / sum(layer.weight.shape)) ** 0.5  # Xavier
+        assert 0.95 * bound < layer.weight.abs().max() <= bound
+
+
+def test_a_pool_of_ones_own_sees_all_ordered_pairs() -> None:
+    class Rows(nn.Module):
+        def forward(self, rows: Tensor) -> Tensor:
+            self.shape = rows.shape
+            return rows.sum(1)
+
+    encoder = RelationEncoder(2, 4, 8, pool=Rows(), size_feature=True)
+    assert encoder(torch.rand(3, 5, 2)).shape == (3, 4)
+    assert encoder.pool.shape == (3, 25, 3)
+
+
+@pytest.mark.parametrize("batch", [2, 7, 32])
+@pytest.mark.parametrize("size", [6, 10])
+def test_a_sample_is_rounded_the_same_in_every_batch(batch: int, size: int) -> None:
+    encoder = RelationEncoder(18, 64, 128, size_feature=True)
+    elements, mask, v = torch.rand(batch, size, 18), torch.rand(batch, size), torch.randn(64)
+
+    def of(elements: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        elements, mask = elements.clone().requires_grad_(), mask.clone().requires_grad_()
+        vector = encoder(elements, mask)
+        return vector, *torch.autograd.grad((vector * v).sum(), (elements, mask))
+
+    together = of(elements, mask)
+    for b in range(min(batch, 4)):
+        alone = of(elements[b : b + 1], mask[b : b + 1])
+        assert all(torch.equal(a[0], t[b]) for a, t in zip(alone, together, strict=True))
