@@ -1,0 +1,181 @@
+"""Sinkhorn loss: optimal transport between two sets, smoothed so that no assignment is made."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from setpred._checks import check_at_least, check_choice, check_positive
+from setpred.functional.pairwise import Cost, check_cost, pairwise_cost
+from setpred.functional.sinkhorn import entropic_transport
+from setpred.losses._common import REDUCTIONS, Reduction, enter, full_precision, reduce
+
+PRESENCES = ("feature", "none")
+
+
+def sinkhorn_loss(
+    pred: Tensor,
+    target: Tensor,
+    pred_mask: Tensor | None = None,
+    target_mask: Tensor | None = None,
+    *,
+    cost: Cost = "mse",
+    epsilon: float = 0.01,
+    iters: int = 100,
+    debias: bool = True,
+    presence: Literal["feature", "none"] = "feature",
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Sinkhorn divergence between two sets.
+
+    .. math::
+        \mathcal{L}(\hat Y, Y) = \operatorname{OT}_\epsilon(\hat Y, Y)
+        - \tfrac12 \operatorname{OT}_\epsilon(\hat Y, \hat Y) - \tfrac12 \operatorname{OT}_\epsilon(Y, Y)
+
+    with the entropic optimal transport :math:`\operatorname{OT}_\epsilon` of
+    :func:`~setpred.functional.sinkhorn.entropic_transport`. It is 0 for equal sets and positive otherwise; between the
+    Hungarian loss (epsilon towards 0, equal sizes) and a kernel distance (epsilon large). Differentiable once.
+
+    - ``presence="feature"``: the mask is one more channel on both sides, ones where it is None, and all rows weigh
+      the same.
+    - ``presence="none"``: predictions weigh as their mask says, through which gradients flow, and all present targets
+      the same; each side's weights sum to 1. Where one of the sets is empty, the value is 0.
+
+    Args:
+        pred: Predicted elements, shape ``(B, N, C)``, or ``(K, B, N, C)`` for K predictions of the same targets.
+        target: Target elements, shape ``(B, M, C)``.
+        pred_mask: Predicted presence in [0, 1], shape ``(B, N)`` or ``(K, B, N)``.
+        target_mask: Bool or float {0, 1}, shape ``(B, M)``; None means that all are present.
+        cost: Cost of a pair: ``"huber"``, ``"mse"``, ``"l1"``, or a callable ``(B, N, C), (B, M, C) -> (B, N, M)``; for
+            the divergence it must be symmetric.
+        epsilon: Strength of the entropy, in units of the cost.
+        iters: Number of Sinkhorn iterations; the smaller epsilon, the more are needed.
+        debias: Whether to subtract the sets' transport onto themselves, without which a set is not at distance 0
+            from itself.
+        presence: ``"feature"`` or ``"none"``.
+        reduction: ``"mean"`` or ``"sum"`` over sets, or ``"none"``: shape ``(B,)`` or ``(K, B)``.
+
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: If a shape is wrong, a number out of its range, or a choice unknown.
+        TypeError: If a dtype is wrong.
+
+    Example:
+        >>> x, y = torch.tensor([[[0.0], [1.0]]]), torch.tensor([[[1.0], [0.0]]])
+        >>> sinkhorn_loss(x, y).abs() < 1e-6
+        tensor(True)
+
+    Source: Feydy et al., Interpolating between optimal transport and MMD using Sinkhorn divergences (AISTATS 2019).
+    """
+    _check_options(cost, epsilon, iters, presence, reduction)
+    with full_precision(pred.device):
+        sets = enter(pred, target, pred_mask, target_mask, presence)
+        pred, target = sets.pred, sets.target
+        x_mask, y_mask = sets.pred_mask, None if presence == "feature" else sets.present
+        if x_mask is not None:
+            pred = pred.masked_fill((x_mask == 0).unsqueeze(-1), 0)
+        x_weight, x_empty = _weights(pred, x_mask)
+        y_weight, y_empty = _weights(target, y_mask)
+
+        def transport(x: Tensor, y: Tensor, x_weight: Tensor, y_weight: Tensor) -> Tensor:
+            costs = pairwise_cost(x, y, cost)
+            found = entropic_transport(costs, x_weight, y_weight, epsilon=epsilon, iters=iters)
+            # The derivative is the plan by the costs, and the potentials by the weights.
+            derivative = (found.plan * costs).sum((1, 2))
+            derivative = derivative + (found.row_potential * x_weight).sum(1) + (found.col_potential * y_weight).sum(1)
+            return found.value + (derivative - derivative.detach())
+
+        value = transport(pred, target, x_weight, y_weight)
+        if debias:
+            own = transport(pred, pred, x_weight, x_weight) + transport(target, target, y_weight, y_weight)
+            value = value - own / 2
+        value = value.masked_fill(x_empty | y_empty, 0)
+    return reduce(value.view(sets.shape), reduction)
+
+
+def _weights(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights (S, N) of sum 1, and which sets (S,) are empty; those get equal weights, to stay finite."""
+    weight = x.new_ones(x.shape[:2]) if mask is None else mask.to(x.dtype)
+    total = weight.sum(1, keepdim=True)
+    empty = total == 0
+    return torch.where(empty, 1 / max(x.shape[1], 1), weight / torch.where(empty, 1, total)), empty.squeeze(1)
+
+
+def _check_options(cost: object, epsilon: float, iters: int, presence: object, reduction: object) -> None:
+    check_cost("cost", cost)
+    check_positive("epsilon", epsilon)
+    check_at_least("iters", iters, 1)
+    check_choice("presence", presence, PRESENCES)
+    check_choice("reduction", reduction, REDUCTIONS)
+
+
+class SinkhornLoss(nn.Module):
+    """Module form of :func:`sinkhorn_loss`.
+
+    Args:
+        cost: ``"huber"``, ``"mse"``, ``"l1"`` or a callable ``(B, N, C), (B, M, C) -> (B, N, M)``.
+        epsilon: Strength of the entropy, in units of the cost.
+        iters: Number of Sinkhorn iterations.
+        debias: Whether to subtract the sets' transport onto themselves.
+        presence: ``"feature"`` or ``"none"``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Raises:
+        ValueError: If a number is out of its range or a choice is unknown.
+
+    Example:
+        >>> loss = SinkhornLoss(epsilon=0.1, presence="none")
+        >>> loss(torch.tensor([[[0.0], [4.0]]]), torch.tensor([[[2.0]]]))
+        tensor(3.9653)
+
+    Source: Feydy et al. (AISTATS 2019).
+    """
+
+    def __init__(
+        self,
+        cost: Cost = "mse",
+        *,
+        epsilon: float = 0.01,
+        iters: int = 100,
+        debias: bool = True,
+        presence: Literal["feature", "none"] = "feature",
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__()
+        _check_options(cost, epsilon, iters, presence, reduction)
+        self.cost = cost
+        self.epsilon = epsilon
+        self.iters = iters
+        self.debias = debias
+        self.presence: Literal["feature", "none"] = presence
+        self.reduction: Reduction = reduction
+
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        pred_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+    ) -> Tensor:
+        """See :func:`sinkhorn_loss`."""
+        return sinkhorn_loss(
+            pred,
+            target,
+            pred_mask,
+            target_mask,
+            cost=self.cost,
+            epsilon=self.epsilon,
+            iters=self.iters,
+            debias=self.debias,
+            presence=self.presence,
+            reduction=self.reduction,
+        )
+
+    @override
+    def extra_repr(self) -> str:
+        names = ["cost", "epsilon", "iters", "debias", "presence", "reduction"]
+        shown = {name: getattr(self, name) for name in names if not isinstance(getattr(self, name), nn.Module)}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
