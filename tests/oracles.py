@@ -232,3 +232,87 @@ def chamfer_loss(
             matched.add(chosen)
             value = value + costs[chosen] / len(right)
     return value + weight * _cross_entropy(pred_mask, matched) if presence == "bce" else value
+
+
+def decode(
+    encoder: Callable[[Tensor, Tensor | None], Tensor],
+    z: Tensor,
+    elements: Tensor,
+    mask: Tensor | None,
+    *,
+    iters: int,
+    lr: float,
+    mask_clamp: tuple[float, float] | None = (0.0, 1.0),
+    repr_loss: str = "huber",
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    anchor: float = 0.0,
+    grad_clip: float | None = None,
+    project: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    tol: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """DSPN of each sample by itself, with a graph: elements, masks, losses and gradient norms, steps first."""
+    ones = torch.ones_like(elements[..., 0])
+    samples = []
+    for b in range(len(z)):
+        start = elements[b : b + 1]
+        y, m = start, (ones if mask is None else mask)[b : b + 1]
+        y_velocity, m_velocity = torch.zeros_like(y), torch.zeros_like(m)
+        points, losses, norms = [(y, m)], [], []
+        for _ in range(iters):
+            y, m = y + torch.zeros_like(y, requires_grad=True), m + torch.zeros_like(m, requires_grad=True)
+            loss = representation_loss(encoder(y, None if mask is None else m), z[b : b + 1], repr_loss).sum()
+            loss = loss + anchor * 0.5 * ((y - start) ** 2).sum() / y.numel()
+            y_gradient, m_gradient = torch.autograd.grad(loss, (y, m), create_graph=True, materialize_grads=True)
+            norm = ((y_gradient**2).sum() + (m_gradient**2).sum()) ** 0.5
+            losses.append(loss)
+            norms.append(norm)
+            if tol is None or loss > tol:
+                scale = grad_clip / norm if grad_clip is not None and norm > grad_clip else 1.0
+                y_gradient, m_gradient = scale * y_gradient, scale * m_gradient
+                y_velocity, m_velocity = momentum * y_velocity + y_gradient, momentum * m_velocity + m_gradient
+                if nesterov:
+                    y = y - lr * (y_gradient + momentum * y_velocity)
+                    m = m - lr * (m_gradient + momentum * m_velocity)
+                else:
+                    y, m = y - lr * y_velocity, m - lr * m_velocity
+                m = m if mask_clamp is None else m.clamp(*mask_clamp)
+                if project is not None:
+                    y, m = project(y, m)
+            points.append((y, m if mask is not None else ones[b : b + 1]))
+        elements_of, masks_of = zip(*points, strict=True)
+        samples.append([torch.cat(elements_of), torch.cat(masks_of), torch.stack(losses), torch.stack(norms)])
+    trajectory, masks, losses, norms = (torch.stack(parts, 1) for parts in zip(*samples, strict=True))
+    return trajectory, masks, losses, norms
+
+
+def box_iou(a: Tensor, b: Tensor, pixel: float = 0.0) -> float:
+    """Intersection over union of two boxes (left, top, right, bottom), each side ``pixel`` longer than it is."""
+    left, top, right, bottom = max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])
+    if right < left or bottom < top:
+        return 0.0
+    shared = (right - left + pixel) * (bottom - top + pixel)
+    areas = [(box[2] - box[0] + pixel) * (box[3] - box[1] + pixel) for box in (a, b)]
+    return float(shared / (sum(areas) - shared))
+
+
+def right_predictions(
+    closeness: Callable[[int, int], float], order: Sequence[int], targets: Sequence[int], least: float, matching: str
+) -> dict[int, bool]:
+    """Which predictions of one set are right, gone through in an order; large values of closeness are close."""
+    taken, right = set(), {}
+    for i in order:
+        free = [j for j in targets if matching == "best" or j not in taken]
+        best = max(free, key=lambda j: closeness(i, j), default=None)
+        value = -float("inf") if best is None else closeness(i, best)
+        near = value > least if matching == "best free, taken" else value >= least
+        right[i] = value > -float("inf") and near and best not in taken
+        if right[i] or (matching == "best free, taken" and value > -float("inf")):
+            taken.add(best)
+    return right
+
+
+def interpolated_area(ranked: Sequence[bool], targets: int) -> float:
+    """Sum over recalls of the step in recall times the best precision from there on."""
+    precision = [sum(ranked[: k + 1]) / (k + 1) for k in range(len(ranked))]
+    return sum(max(precision[k:]) / targets for k in range(len(ranked)) if ranked[k])

@@ -33,8 +33,8 @@ def entropic_transport(
         \operatorname{OT}_\epsilon(a, b) = \min_{\pi 1 = a,\ \pi^\top 1 = b}
         \sum_{ij} \pi_{ij} \text{cost}_{ij} + \epsilon \sum_{ij} \pi_{ij} \log \frac{\pi_{ij}}{a_i b_j}
 
-    by Sinkhorn's iterations on the potentials. Over the first half of them, epsilon falls geometrically from the largest
-    cost of the sample. Without a graph: the derivative by the cost is the plan.
+    by Sinkhorn's iterations on the potentials. Over the first half of them, epsilon falls geometrically from the
+    largest cost of the sample. Without a graph: the derivative by the cost is the plan.
 
     Args:
         cost: Shape ``(B, N, M)``; finite where both weights are positive.

@@ -1,0 +1,172 @@
+"""Sinkhorn loss and the entropic transport under it: against POT, geomloss and limits."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from setpred.functional.pairwise import pairwise_cost
+from setpred.functional.sinkhorn import entropic_transport
+from setpred.losses.hungarian import hungarian_loss
+from setpred.losses.sinkhorn import SinkhornLoss, sinkhorn_loss
+
+EXACT = {"rtol": 1e-9, "atol": 1e-9}
+DOUBLE = {"dtype": torch.float64}
+presence = pytest.mark.parametrize("presence", ["feature", "none"])
+
+
+def random_sets(n: int = 5, m: int = 4, *, steps: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    lead = (3,) if steps is None else (steps, 3)
+    pred, pred_mask = torch.randn(*lead, n, 2, **DOUBLE), torch.rand(*lead, n, **DOUBLE)
+    target, target_mask = torch.randn(3, m, 2, **DOUBLE), torch.rand(3, m) < 0.6
+    target_mask[:, 0] = True
+    return pred.requires_grad_(), target, pred_mask.requires_grad_(), target_mask
+
+
+@pytest.mark.parametrize("epsilon", [1.0, 0.1, 0.03])
+def test_transport_equals_pot(epsilon: float) -> None:
+    ot = pytest.importorskip("ot")
+    cost = pairwise_cost(torch.rand(2, 6, 2, **DOUBLE), torch.rand(2, 8, 2, **DOUBLE), "mse")
+    a, b = torch.rand(2, 6, **DOUBLE), torch.rand(2, 8, **DOUBLE)
+    a[:, 2], b[:, 5] = 0, 0
+    a, b = a / a.sum(1, keepdim=True), b / b.sum(1, keepdim=True)
+    found = entropic_transport(cost, a, b, epsilon=epsilon, iters=2000)
+    for k in range(2):
+        i, j = a[k] > 0, b[k] > 0
+        c = cost[k][i][:, j]
+        inputs = (x.numpy() for x in (a[k][i], b[k][j], c))
+        plan = ot.sinkhorn(*inputs, epsilon, method="sinkhorn_log", stopThr=1e-13, numItermax=20_000)
+        plan = torch.from_numpy(plan)
+        torch.testing.assert_close(found.plan[k][i][:, j], plan, **EXACT)
+        assert found.plan[k].sum() == pytest.approx(1, abs=1e-12)
+        entropy = (plan * (plan / (a[k][i].unsqueeze(1) * b[k][j])).log()).sum()
+        torch.testing.assert_close(found.value[k], (plan * c).sum() + epsilon * entropy, **EXACT)
+
+
+def test_divergence_agrees_with_geomloss() -> None:
+    """geomloss stops after one sweep of its own schedule of epsilon, so that it is near the optimum, not at it."""
+    geomloss = pytest.importorskip("geomloss")
+    pred, target = torch.rand(3, 7, 2, **DOUBLE, requires_grad=True), torch.rand(3, 9, 2, **DOUBLE)
+    reference = geomloss.SamplesLoss("sinkhorn", p=2, blur=1.0, scaling=0.97, backend="tensorized")(pred, target)
+    actual = sinkhorn_loss(
+        pred,
+        target,
+        cost=lambda x, y: (x.unsqueeze(2) - y.unsqueeze(1)).square().sum(-1) / 2,
+        epsilon=1.0,
+        iters=300,
+        presence="none",
+        reduction="none",
+    )
+    torch.testing.assert_close(actual, reference, rtol=1e-4, atol=1e-7)
+    gradients = [torch.autograd.grad(value.sum(), pred)[0] for value in (actual, reference)]
+    torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-5)
+
+
+def test_small_epsilon_is_the_hungarian_loss() -> None:
+    pred, target = torch.rand(3, 6, 2, **DOUBLE), torch.rand(3, 6, 2, **DOUBLE)
+    expected = hungarian_loss(pred, target, cost="mse", presence="none", reduction="none")
+    actual = sinkhorn_loss(pred, target, epsilon=1e-4, iters=3000, presence="none", debias=False, reduction="none")
+    torch.testing.assert_close(actual, expected, rtol=0, atol=3e-4)
+
+
+@presence
+def test_a_shuffled_set_costs_nothing_another_something(presence: str) -> None:
+    pred, target, pred_mask, target_mask = random_sets(5, 5)
+    target, shuffle = target * target_mask.unsqueeze(-1), torch.randperm(5)
+    same = sinkhorn_loss(target[:, shuffle], target, target_mask[:, shuffle], target_mask, presence=presence)
+    assert same.abs() < 1e-4
+    assert (sinkhorn_loss(pred, target, pred_mask, target_mask, presence=presence, reduction="none") > 1e-3).all()
+
+
+@presence
+@pytest.mark.parametrize("debias", [True, False])
+def test_gradcheck(presence: str, debias: bool) -> None:
+    pred, target, pred_mask, target_mask = random_sets(3, 2)
+    target.requires_grad_()
+
+    def value(pred: Tensor, target: Tensor, pred_mask: Tensor) -> Tensor:
+        return sinkhorn_loss(
+            pred,
+            target,
+            pred_mask,
+            target_mask,
+            epsilon=2.0,
+            iters=40,
+            debias=debias,
+            presence=presence,
+            reduction="none",
+        )
+
+    assert torch.autograd.gradcheck(value, (pred, target, pred_mask))
+
+
+@presence
+def test_padding_steps_and_batch(presence: str) -> None:
+    pred, target, pred_mask, target_mask = random_sets(steps=2)
+    garbage = target.masked_fill(~target_mask.unsqueeze(-1), torch.nan)
+    value = sinkhorn_loss(pred, target, pred_mask, target_mask, presence=presence, reduction="none")
+    assert value.shape == (2, 3)
+    assert torch.equal(sinkhorn_loss(pred, garbage, pred_mask, target_mask, presence=presence, reduction="none"), value)
+    for k in range(2):
+        for b in range(3):
+            alone = sinkhorn_loss(
+                pred[k, b : b + 1],
+                garbage[b : b + 1],
+                pred_mask[k, b : b + 1],
+                target_mask[b : b + 1],
+                presence=presence,
+            )
+            torch.testing.assert_close(alone, value[k, b], **EXACT)
+    if presence == "none":
+        i = target_mask[0]
+        short = sinkhorn_loss(pred[:, :1], target[:1][:, i], pred_mask[:, :1], presence="none", reduction="none")
+        torch.testing.assert_close(short, value[:, :1], **EXACT)
+
+
+@presence
+@pytest.mark.parametrize("targets", ["none in one", "none in all", "no rows", "no batch", "no predictions"])
+def test_without_targets(presence: str, targets: str) -> None:
+    batch, n, m = {"no batch": (0, 4, 3), "no rows": (2, 4, 0), "no predictions": (2, 0, 0)}.get(targets, (2, 4, 3))
+    pred, target = torch.randn(batch, n, 2, requires_grad=True), torch.randn(batch, m, 2)
+    pred_mask, target_mask = torch.rand(batch, n, requires_grad=True), torch.ones(batch, m)
+    target_mask[: {"none in one": 1, "none in all": 2}.get(targets, 0)] = 0
+    value = sinkhorn_loss(pred, target, pred_mask, target_mask, presence=presence)
+    assert value.isfinite()
+    value.backward()
+    assert pred.grad is not None
+    assert pred.grad.isfinite().all()
+
+
+@presence
+def test_low_precision_autocast_and_compile(presence: str) -> None:
+    pred, target, pred_mask, target_mask = (x.detach().to(torch.bfloat16) for x in random_sets())
+    loss = SinkhornLoss(iters=10, presence=presence)
+    expected = loss(pred.float(), target.float(), pred_mask.float(), target_mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = loss(pred, target, pred_mask, target_mask)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(pred, target, pred_mask, target_mask), expected)
+
+
+def test_module_and_refusals() -> None:
+    loss = SinkhornLoss("l1", epsilon=0.1, iters=5, debias=False, presence="none", reduction="sum")
+    inputs = random_sets()
+    options = {"epsilon": 0.1, "iters": 5, "debias": False, "presence": "none", "reduction": "sum"}
+    assert torch.equal(loss(*inputs), sinkhorn_loss(*inputs, cost="l1", **options))
+    assert repr(loss) == (
+        "SinkhornLoss(cost='l1', epsilon=0.1, iters=5, debias=False, presence='none', reduction='sum')"
+    )
+    for message, change in {
+        "`presence` must be one of 'feature', 'none', got 'bce'": {"presence": "bce"},
+        "`epsilon` must be positive": {"epsilon": 0.0},
+        "`iters` must be at least 1": {"iters": 0},
+        "`cost` must be one of": {"cost": "l2"},
+        "`reduction` must be one of": {"reduction": "max"},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            SinkhornLoss(**change)
+        with pytest.raises(ValueError, match=message):
+            sinkhorn_loss(*inputs, **change)
+    with pytest.raises(ValueError, match=r"`row_weight` must have shape \(1, 2\)"):
+        entropic_transport(torch.rand(1, 2, 3), torch.rand(1, 3), torch.rand(1, 3))

@@ -1,0 +1,266 @@
+"""Average precision: against an oracle, pycocotools, and properties."""
+
+import contextlib
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from setpred.metrics import AveragePrecision, attribute_distance, average_precision, box_iou
+from tests import oracles
+
+DOUBLE = {"dtype": torch.float64}
+MATCHINGS = ["best", "best free", "best free, taken"]
+
+
+def random_boxes(batch: int, n: int) -> Tensor:
+    corner = torch.rand(batch, n, 2, **DOUBLE)
+    return torch.cat([corner, corner + 0.2 + torch.rand(batch, n, 2, **DOUBLE)], -1)
+
+
+def random_detections(batch: int, n: int, m: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Predictions near targets and elsewhere, scores, targets and both masks."""
+    target = random_boxes(batch, m)
+    pred = random_boxes(batch, n)
+    k = min(n, m)
+    pred[:, :k] = torch.where(
+        torch.rand(batch, k, 1) < 0.7, target[:, :k] + 0.1 * torch.randn(batch, k, 4), pred[:, :k]
+    )
+    pred[..., 2:] = torch.maximum(pred[..., 2:], pred[..., :2] + 0.01)
+    return pred, torch.rand(batch, n, **DOUBLE), target, torch.rand(batch, m) < 0.7, torch.rand(batch, n) < 0.8
+
+
+@pytest.mark.parametrize("pixel", [0.0, 1.0])
+def test_box_iou(pixel: float) -> None:
+    a, b = random_boxes(2, 6), 2 * random_boxes(2, 5)
+    expected = [[[oracles.box_iou(x, y, pixel) for y in b[k]] for x in a[k]] for k in range(2)]
+    torch.testing.assert_close(box_iou(a, b, pixel=pixel), torch.tensor(expected, **DOUBLE), rtol=1e-9, atol=1e-9)
+    nothing = torch.zeros(1, 1, 4)
+    assert box_iou(nothing, nothing) == 0
+
+
+def test_attribute_distance() -> None:
+    a, b = torch.randn(2, 6, 9, **DOUBLE), torch.randn(2, 5, 9, **DOUBLE)
+    actual = attribute_distance(a, b, coordinates=3, groups=(2, 3), scale=3.0)
+    for k in range(2):
+        for i in range(6):
+            for j in range(5):
+                x, y = a[k, i], b[k, j]
+                same = x[3:5].argmax() == y[3:5].argmax() and x[5:8].argmax() == y[5:8].argmax()
+                expected = 3 * (x[:3] - y[:3]).norm() if same else torch.tensor(torch.inf, **DOUBLE)
+                torch.testing.assert_close(actual[k, i, j], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("average", ["pooled", "sets"])
+@pytest.mark.parametrize("matching", MATCHINGS)
+@given(batch=st.integers(1, 4), n=st.integers(0, 5), m=st.integers(0, 4), seed=st.integers(0, 2**31))
+def test_equals_the_formula(average: str, matching: str, batch: int, n: int, m: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    pred, score, target, target_mask, pred_mask = random_detections(batch, n, m)
+    thresholds = (0.3, 0.5, 0.8)
+    garbage = target.masked_fill(~target_mask.unsqueeze(-1), torch.nan)
+    actual = average_precision(
+        pred, score, garbage, target_mask, pred_mask, thresholds=thresholds, matching=matching, average=average
+    )
+    for value, threshold in zip(actual, thresholds, strict=True):
+        ranked, counts = [], []
+        for b in range(batch):
+            iou = [[oracles.box_iou(x, y) for y in target[b]] for x in pred[b]]
+            order = sorted((i for i in range(n) if pred_mask[b, i]), key=lambda i, b=b: -score[b, i])
+            targets = [j for j in range(m) if target_mask[b, j]]
+            right = oracles.right_predictions(
+                lambda i, j, iou=iou: iou[i][j] or 0.0, order, targets, threshold, matching
+            )
+            ranked.append([(score[b, i].item(), right[i]) for i in order])
+            counts.append(len(targets))
+        if average == "pooled":
+            ranked, counts = [sorted((pair for one in ranked for pair in one), reverse=True)], [sum(counts)]
+        areas = [
+            oracles.interpolated_area([right for _, right in one], count)
+            for one, count in zip(ranked, counts, strict=True)
+            if count > 0
+        ]
+        if areas:
+            assert value.item() == pytest.approx(sum(areas) / len(areas), abs=1e-9)
+        else:
+            assert value.isnan()
+
+
+def test_equals_coco() -> None:
+    """The COCO tool: one class, no crowds, areas and numbers of detections unbounded."""
+    coco = pytest.importorskip("pycocotools.coco")
+    evaluation = pytest.importorskip("pycocotools.cocoeval")
+    pred, score, target, target_mask, _ = random_detections(40, 12, 8)
+    truth, found = coco.COCO(), []
+    truth.dataset = {"images": [{"id": b} for b in range(40)], "categories": [{"id": 1}], "annotations": []}
+    for b in range(40):
+        for box in target[b][target_mask[b]]:
+            x, y, right, bottom = box.tolist()
+            identity = len(truth.dataset["annotations"]) + 1
+            entry = {"id": identity, "image_id": b, "category_id": 1, "iscrowd": 0, "area": 1.0}
+            truth.dataset["annotations"].append(entry | {"bbox": [x, y, right - x, bottom - y]})
+        for (x, y, right, bottom), confidence in zip(pred[b].tolist(), score[b].tolist(), strict=True):
+            box = [x, y, right - x, bottom - y]
+            found.append({"image_id": b, "category_id": 1, "bbox": box, "score": confidence})
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        run = evaluation.COCOeval(truth, truth.loadRes(found), "bbox")
+        run.evaluate()
+        run.accumulate()
+    thresholds = torch.arange(10, **DOUBLE) / 20 + 0.5
+    actual = average_precision(
+        pred, score, target, target_mask, thresholds=thresholds.tolist(), matching="best free", recall_points=101
+    )
+    expected = torch.from_numpy(run.eval["precision"][:, :, 0, 0, 2]).mean(1)
+    assert expected[0] > 0.1
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_idspn_protocol() -> None:
+    """Its code, in a few lines: the first image of each batch, each prediction takes the closest of its attributes."""
+    metric = AveragePrecision.idspn_state()
+    total, images = torch.zeros(6, **DOUBLE), 0
+    for batch in (8, 8, 3):
+        target, mask = torch.rand(batch, 10, 18, **DOUBLE), torch.rand(batch, 10) < 0.7
+        mask[:, 0] = True
+        attributes = torch.tensor([[1.0, 0.0, *[1.0] + [0.0] * 7, *[0.0, 1.0, 0.0], 0.0, 1.0]], **DOUBLE)
+        target[..., 3:] = torch.where(torch.rand(batch, 10, 1) < 0.5, attributes, target[..., 3:])
+        pred = target[:, torch.randperm(10)] + 0.05 * torch.randn(batch, 10, 18, **DOUBLE)
+        score = torch.rand(batch, 10, **DOUBLE).mul(1.5).clamp(max=1)  # with ties
+        metric.update(pred, score, target, mask)
+        distance = attribute_distance(pred, target, coordinates=3, groups=(2, 8, 3, 2), scale=3.0)[0]
+        order = sorted(range(10), key=lambda i, score=score: -score[0, i])
+        targets = mask[0].nonzero().squeeze(1).tolist()
+        for t, threshold in enumerate((torch.inf, 1, 0.5, 0.25, 0.125, 0.0625)):
+            right = oracles.right_predictions(
+                lambda i, j, d=distance: -d[i, j].item(), order, targets, -threshold, "best free, taken"
+            )
+            total[t] += batch * oracles.interpolated_area([right[i] for i in order], len(targets))
+        images += batch
+    torch.testing.assert_close(metric.compute(), total / images, rtol=1e-9, atol=1e-9)
+
+
+def test_dspn_protocols() -> None:
+    boxes = torch.tensor([[[0.1, 0.1, 0.3, 0.3]]])
+    other = torch.tensor([[[0.3, 0.3, 0.5, 0.5]]])  # touches it in one corner
+    metric = AveragePrecision.dspn_boxes(thresholds=(0.5, 0.54))
+    metric.update(other, torch.ones(1, 1), boxes)
+    assert metric.compute().tolist() == [1.0, 0.0]  # (0 + 1)^2 / (2 * 1.2^2 - 1) = 0.53
+    assert average_precision(other, torch.ones(1, 1), boxes, thresholds=0.01) == 0
+
+    objects = torch.zeros(1, 2, 18)
+    objects[..., 3::3] = 1
+    objects[:, 1, 0] = 0.2
+    pred = objects.clone()
+    pred[:, 1, 0] = 0.05  # closest to the first object, which is taken
+    metric = AveragePrecision.dspn_state(thresholds=(torch.inf, 0.25))
+    metric.update(pred, torch.tensor([[0.9, 0.8]]), objects)
+    assert metric.compute().tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("matching", MATCHINGS)
+def test_no_order_matters_with_ties_together(matching: str) -> None:
+    pred, score, target, target_mask, pred_mask = random_detections(6, 7, 5)
+    score = (3 * score).round() / 3
+    options = {"thresholds": (0.3, 0.5, 0.7), "matching": matching}
+    value = average_precision(pred, score, target, target_mask, pred_mask, **options)
+    for _ in range(5):
+        i, j, b = torch.randperm(7), torch.randperm(5), torch.randperm(6)
+        shuffled = (pred[b][:, i], score[b][:, i], target[b][:, j], target_mask[b][:, j], pred_mask[b][:, i])
+        torch.testing.assert_close(average_precision(*shuffled, **options), value, rtol=1e-12, atol=0)
+
+
+def test_ties() -> None:
+    """One right and one wrong prediction of the same score."""
+    boxes = torch.tensor([[[0.0, 0.0, 1.0, 1.0], [5.0, 5.0, 6.0, 6.0]]])
+    score = torch.ones(1, 2)
+    for pred in (boxes, boxes.flip(1)):
+        assert average_precision(pred, score, boxes[:, :1]) == 0.5
+    assert average_precision(boxes, score, boxes[:, :1], ties="in order") == 1
+    assert average_precision(boxes.flip(1), score, boxes[:, :1], ties="in order") == 0.5
+
+
+def test_rules_that_are_not_numbers_or_never() -> None:
+    pred, target = torch.tensor([[[0.0]]]), torch.tensor([[[0.0]]])
+    for value in (torch.nan, torch.inf):
+        rule = lambda x, y, value=value: torch.full((1, 1, 1), value)  # noqa: E731
+        assert average_precision(pred, torch.ones(1, 1), target, rule=rule, thresholds=torch.inf, largest=False) == 0
+    assert average_precision(pred, torch.ones(1, 1), target, rule=torch.cdist, thresholds=0.1, largest=False) == 1
+
+
+def test_empty() -> None:
+    metric = AveragePrecision(thresholds=(0.5, 0.9))
+    assert metric.compute().isnan().all()
+    metric.update(torch.zeros(0, 3, 4), torch.zeros(0, 3), torch.zeros(0, 2, 4))
+    metric.update(torch.rand(2, 3, 4), torch.rand(2, 3), torch.rand(2, 2, 4), torch.zeros(2, 2))
+    assert metric.compute().isnan().all()
+    metric.update(torch.zeros(1, 0, 4), torch.zeros(1, 0), torch.rand(1, 2, 4))
+    assert metric.compute().tolist() == [0.0, 0.0]
+    metric.reset()
+    metric.update(torch.zeros(1, 0, 4), torch.zeros(1, 0), torch.rand(1, 2, 4))
+    assert metric.compute().tolist() == [0.0, 0.0]
+
+
+def test_batches_and_merging() -> None:
+    inputs = random_detections(9, 6, 5)
+    for average in ("pooled", "sets"):
+        whole = average_precision(*inputs, average=average)
+        assert whole.shape == ()
+        parts = [AveragePrecision(average=average) for _ in range(3)]
+        for k, part in enumerate(parts):
+            part.update(*(x[3 * k : 3 * k + 2] for x in inputs))
+            part.update(*(x[3 * k + 2 : 3 * k + 3] for x in inputs))
+        parts[0].merge(*parts[1:])
+        torch.testing.assert_close(parts[0].compute(), whole)
+        assert parts[1].compute() != whole
+
+
+def _in_a_process(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    inputs = torch.load(f"{folder}/inputs.pt")
+    metric = AveragePrecision()
+    metric.update(*(x[rank::2] for x in inputs))
+    metric.sync()
+    torch.save(metric.compute(), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes(tmp_path: Path) -> None:
+    inputs = random_detections(9, 6, 5)
+    torch.save(inputs, tmp_path / "inputs.pt")
+    torch.multiprocessing.spawn(_in_a_process, (str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), average_precision(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (ValueError, r"`pred` must have shape \(B, N, C\)", {"pred": torch.rand(3, 4)}),
+        (ValueError, r"`score` must have shape \(2, 3\)", {"score": torch.rand(2, 4)}),
+        (ValueError, r"`target` must have shape \(2, M, 4\)", {"target": torch.rand(2, 4, 5)}),
+        (TypeError, "`target_mask` must be bool or floating", {"target_mask": torch.ones(2, 5).long()}),
+        (ValueError, r"`pred_mask` must have shape \(2, 3\)", {"pred_mask": torch.ones(2, 5)}),
+        (ValueError, "`score` must not be NaN", {"score": torch.full((2, 3), torch.nan)}),
+        (ValueError, "`matching` must be one of", {"matching": "all"}),
+        (ValueError, "`ties` must be one of", {"ties": "random"}),
+        (ValueError, "`average` must be one of", {"average": "micro"}),
+        (ValueError, "`thresholds` must be a number or several", {"thresholds": ()}),
+        (ValueError, "`recall_points` must be at least 2", {"recall_points": 1}),
+        (ValueError, r"`rule` must return shape \(B, N, M\) = \(2, 3, 5\)", {"rule": lambda x, y: x.sum(-1)}),
+    ],
+)
+def test_refuses(error: type[Exception], message: str, change: dict[str, object]) -> None:
+    with pytest.raises(error, match=message):
+        average_precision(
+            **({"pred": torch.rand(2, 3, 4), "score": torch.rand(2, 3), "target": torch.rand(2, 5, 4)} | change)
+        )
+
+
+def test_attribute_distance_refuses() -> None:
+    with pytest.raises(ValueError, match="`pred` must have 3 coordinates and 5 channels of attributes, got 7"):
+        attribute_distance(torch.rand(1, 2, 7), torch.rand(1, 2, 7), coordinates=3, groups=(2, 3))
