@@ -135,8 +135,8 @@ def test_first_and_second_derivatives(cls: type[EncoderBase], pool: str) -> None
     def function(elements: Tensor, mask: Tensor, *parameters: Tensor) -> Tensor:
         return functional_call(encoder, dict(zip(names, parameters, strict=True)), (elements, mask))
 
-    elements = torch.randn(2, 3, 2, **DOUBLE, requires_grad=True)
-    mask = torch.rand(2, 3, **DOUBLE, requires_grad=True)
+    elements = torch.randn(1, 3, 2, **DOUBLE, requires_grad=True)
+    mask = torch.rand(1, 3, **DOUBLE, requires_grad=True)
     assert gradcheck(function, (elements, mask, *parameters))
     assert gradgradcheck(function, (elements, mask, *parameters))
 

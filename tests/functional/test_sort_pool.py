@@ -193,9 +193,10 @@ def test_gradients(kind: str) -> None:
         assert gradgradcheck(function, inputs)
 
 
-def test_equal_elements_share_their_ranks_weights_first_come_first() -> None:
-    elements = torch.tensor([[[1.0, 5.0], [1.0, 5.0], [0.0, 7.0]]], requires_grad=True)
-    weight = torch.tensor([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_equal_elements_share_their_ranks_weights_first_come_first(dtype: torch.dtype) -> None:
+    elements = torch.tensor([[[1.0, 5.0], [1.0, 5.0], [0.0, 7.0]]], dtype=dtype, requires_grad=True)
+    weight = torch.tensor([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]], dtype=dtype)
     (gradient,) = torch.autograd.grad(sort_pool(elements, weight)[0].sum(), elements)
     assert gradient.tolist() == [[[1.0, 20.0], [2.0, 30.0], [3.0, 10.0]]]
 
