@@ -77,7 +77,7 @@ def test_permuting_the_set_permutes_the_gradient(cls: type[EncoderBase], pool: s
 @EVERY_CLASS
 @EVERY_POOL
 def test_fspool_parts_equal_elements_and_other_pools_do_not(cls: type[EncoderBase], pool: str) -> None:
-    encoder = build(cls, pool, **DOUBLE)
+    encoder = build(cls, pool, hidden=64, **DOUBLE)
     elements, mask, z = torch.randn(1, 6, 2, **DOUBLE), torch.rand(1, 6, **DOUBLE), torch.randn(1, 5, **DOUBLE)
     elements[:, 3:5], mask[:, 3:5] = elements[:, :1], mask[:, :1]
     elements[:, 5], mask[:, 5] = elements[:, 1], mask[:, 1]
