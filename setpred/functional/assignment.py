@@ -83,7 +83,7 @@ def assign(
     if callable(solver):
         checked = _checked(solver, cost.shape[:-2])
         return _with_plain_solver(checked, cost, row_mask, col_mask, every_column)
-    assigned: Tensor = torch.ops.setpred.linear_assignment(
+    assigned: Tensor = torch.ops.setpred.linear_assignment.default(
         cost, row_mask, col_mask, choose_solver(cost.device, solver), every_column
     )
     return assigned

@@ -10,7 +10,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from setpred._checks import check_mask, check_shape
-from setpred.functional.pairwise import Cost, check_cost, pairwise_cost
+from setpred.functional.pairwise import Cost, check_cost, cost_of_all_pairs
 
 _TREE_NORM = {"mse": 2, "l1": 1}  # the costs that are monotone functions of a norm
 
@@ -50,12 +50,13 @@ def nearest_neighbours(
     check_cost("cost", cost)
     check_mask("x_mask", x_mask, x.shape[:2])
     check_mask("y_mask", y_mask, y.shape[:2])
-    x, y = x.detach(), y.detach()
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    x, y = x.detach().to(dtype), y.detach().to(dtype)
     x_mask, y_mask = (None if mask is None else mask.bool() for mask in (x_mask, y_mask))
     if callable(cost):
         with torch.no_grad():
             return _by_tiles(x, y, cost, x_mask, y_mask)
-    found: tuple[Tensor, Tensor] = torch.ops.setpred.nearest_neighbours(x, y, cost, x_mask, y_mask)
+    found: tuple[Tensor, Tensor] = torch.ops.setpred.nearest_neighbours.default(x, y, cost, x_mask, y_mask)
     return found
 
 
@@ -83,7 +84,7 @@ def _found_shape(
 
 def _tile(device: torch.device) -> int:
     """Pairs in a tile: what stays in a core's cache; a GPU wants more at once."""
-    return 2**17 if device.type == "cpu" else 2**26
+    return 2**18 if device.type == "cpu" else 2**26
 
 
 def _by_tiles(x: Tensor, y: Tensor, cost: Cost, x_mask: Tensor | None, y_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -99,7 +100,7 @@ def _by_tiles(x: Tensor, y: Tensor, cost: Cost, x_mask: Tensor | None, y_mask: T
     for s, i, j in product(range(0, batch, sets), range(0, n, rows), range(0, m, cols)):
         at_x = slice(s, s + sets), slice(i, i + rows)
         at_y = slice(s, s + sets), slice(j, j + cols)
-        value = pairwise_cost(x[at_x], y[at_y], cost)
+        value = cost_of_all_pairs(x[at_x], y[at_y], cost)
         if x_mask is not None:
             value = value.masked_fill(~x_mask[at_x].unsqueeze(2), torch.inf)
         if y_mask is not None:

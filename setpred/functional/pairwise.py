@@ -26,8 +26,8 @@ def check_cost(name: str, cost: object) -> None:
 def _elementwise(x: Tensor, y: Tensor, cost: str) -> Tensor:
     if cost == "huber":
         if torch.is_grad_enabled() and x.shape != y.shape:  # its gradient knows no broadcasting
-            x, y = torch.broadcast_tensors(x, y)
-        loss: Tensor = torch.ops.aten.smooth_l1_loss(x, y, 0, 1.0)  # F's function warns of broadcasting
+            x, y = torch.broadcast_tensors(x, y)  # type: ignore[no-untyped-call]
+        loss: Tensor = torch.ops.aten.smooth_l1_loss.default(x, y, 0, 1.0)  # F's function warns of broadcasting
         return loss
     return (x - y).square() if cost == "mse" else (x - y).abs()
 
@@ -88,10 +88,7 @@ def pairwise_cost(x: Tensor, y: Tensor, cost: Cost = "huber") -> Tensor:
     check_shape("x", x, "B", "N", "C")
     check_shape("y", y, x.shape[0], "M", x.shape[2])
     check_cost("cost", cost)
-    x, y = _at_least_float32(x, y)
-    if not callable(cost):
-        return _of_all_pairs(x, y, cost)
-    return _checked(cost(x, y), (len(x), x.shape[1], y.shape[1]))
+    return cost_of_all_pairs(*_at_least_float32(x, y), cost)
 
 
 def paired_cost(x: Tensor, y: Tensor, cost: Cost = "huber") -> Tensor:
@@ -116,7 +113,18 @@ def paired_cost(x: Tensor, y: Tensor, cost: Cost = "huber") -> Tensor:
     check_shape("x", x, "B", "N", "C")
     check_shape("y", y, *x.shape)
     check_cost("cost", cost)
-    x, y = _at_least_float32(x, y)
+    return cost_of_pairs(*_at_least_float32(x, y), cost)
+
+
+def cost_of_all_pairs(x: Tensor, y: Tensor, cost: Cost) -> Tensor:
+    """:func:`pairwise_cost` of what has been checked."""
+    if not callable(cost):
+        return _of_all_pairs(x, y, cost)
+    return _checked(cost(x, y), (len(x), x.shape[1], y.shape[1]))
+
+
+def cost_of_pairs(x: Tensor, y: Tensor, cost: Cost) -> Tensor:
+    """:func:`paired_cost` of what has been checked."""
     batch, n, channels = x.shape
     if not callable(cost):
         value = _elementwise(x, y, cost)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from setpred._checks import check_at_least, check_choice, check_mask, check_shape, check_tensor
-from setpred.functional.pairwise import Cost, check_cost, paired_cost
+from setpred.functional.pairwise import Cost, check_cost, cost_of_pairs
 
 Reduction = Literal["mean", "sum", "none"]
 Presence = Literal["feature", "bce", "none"]
@@ -16,10 +16,10 @@ REDUCTIONS = ("mean", "sum", "none")
 PRESENCES = ("feature", "bce", "none")
 
 
-def reduce(value: Tensor, reduction: Reduction) -> Tensor:
-    """Mean (0 for an empty batch, not NaN), sum, or the values themselves."""
+def reduce(value: Tensor, reduction: Reduction, shape: torch.Size | None = None) -> Tensor:
+    """Mean (0 for an empty batch, not NaN), sum, or the values themselves, in another shape if one is given."""
     if reduction == "none":
-        return value
+        return value if shape is None else value.view(shape)
     return value.mean() if reduction == "mean" and value.numel() > 0 else value.sum()
 
 
@@ -39,10 +39,10 @@ def charge(pred: Tensor, partner: Tensor, cost: Cost, charged: Tensor | None) ->
     Whatever a cost makes of those, NaN too, reaches neither the value nor a gradient.
     """
     if charged is None:
-        return paired_cost(pred, partner, cost)
+        return cost_of_pairs(pred, partner, cost)
     left_out = ~charged
     pred, partner = (side.masked_fill(left_out.unsqueeze(-1), 0) for side in (pred, partner))
-    return paired_cost(pred, partner, cost).masked_fill(left_out, 0)
+    return cost_of_pairs(pred, partner, cost).masked_fill(left_out, 0)
 
 
 def check_options(

@@ -102,7 +102,7 @@ def chamfer_loss(
             matched = _chosen(of_target, charged_target, pred.shape[1])
         if weight is not None and presence == "bce":
             value = value + presence_weight * presence_loss(weight, matched)
-    return reduce(value.view(sets.shape), reduction)
+    return reduce(value, reduction, sets.shape)
 
 
 def _both(mask: Tensor | None, other: Tensor | None) -> Tensor | None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from setpred.functional.assignment import Solver, assign, check_solver
-from setpred.functional.pairwise import Cost, pairwise_cost
+from setpred.functional.pairwise import Cost, cost_of_all_pairs
 from setpred.losses._common import (
     Presence,
     Reduction,
@@ -136,7 +136,7 @@ def hungarian_loss(
 
         who = None if presence == "feature" else present
         with torch.no_grad():
-            costs = pairwise_cost(pred, target, cost if matching_cost is None else matching_cost)
+            costs = cost_of_all_pairs(pred, target, cost if matching_cost is None else matching_cost)
             # With the shape (K, B, N, M) an error can say which step of which sample.
             matching = assign(
                 costs.view(sets.shape + costs.shape[1:]),
@@ -152,7 +152,7 @@ def hungarian_loss(
             value = charge(pred, partner, cost, matched).sum(1) / matched.sum(1).clamp(min=1)
             if sets.pred_mask is not None and presence == "bce":
                 value = value + presence_weight * presence_loss(sets.pred_mask, matched)
-    loss = reduce(value.view(sets.shape), reduction)
+    loss = reduce(value, reduction, sets.shape)
     if not return_matching:
         return loss
     if presence == "feature":

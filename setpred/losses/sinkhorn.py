@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from setpred._checks import check_at_least, check_choice, check_positive
-from setpred.functional.pairwise import Cost, check_cost, pairwise_cost
+from setpred.functional.pairwise import Cost, check_cost, cost_of_all_pairs
 from setpred.functional.sinkhorn import entropic_transport
 from setpred.losses._common import REDUCTIONS, Reduction, enter, full_precision, reduce
 
@@ -81,7 +81,7 @@ def sinkhorn_loss(
         y_weight, y_empty = _weights(target, y_mask)
 
         def transport(x: Tensor, y: Tensor, x_weight: Tensor, y_weight: Tensor) -> Tensor:
-            costs = pairwise_cost(x, y, cost)
+            costs = cost_of_all_pairs(x, y, cost)
             found = entropic_transport(costs, x_weight, y_weight, epsilon=epsilon, iters=iters)
             # The derivative is the plan by the costs, and the potentials by the weights.
             derivative = (found.plan * costs).sum((1, 2))
@@ -93,7 +93,7 @@ def sinkhorn_loss(
             own = transport(pred, pred, x_weight, x_weight) + transport(target, target, y_weight, y_weight)
             value = value - own / 2
         value = value.masked_fill(x_empty | y_empty, 0)
-    return reduce(value.view(sets.shape), reduction)
+    return reduce(value, reduction, sets.shape)
 
 
 def _weights(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
