@@ -53,6 +53,13 @@ def check_choice(name: str, value: object, choices: Collection[object]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_interval(name: str, value: object) -> None:
+    """Raise unless ``value`` is None or an increasing pair of numbers."""
+    pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(end, Real) for end in value)
+    if value is not None and not (pair and value[0] < value[1]):  # type: ignore[index]
+        raise ValueError(f"`{name}` must be an increasing pair of numbers or None, got {value!r}")
+
+
 def check_number(name: str, value: object) -> None:
     """Raise unless ``value`` is a real number."""
     if not isinstance(value, Real):

@@ -1,5 +1,6 @@
 """DSPNDecoder: a vector becomes the set that encodes to it, by gradient descent on the set."""
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal, Self
@@ -10,7 +11,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from typing_extensions import override
 
-from setpred._checks import check_at_least, check_choice, check_mask, check_positive, check_shape
+from setpred._checks import (
+    check_at_least,
+    check_choice,
+    check_count,
+    check_interval,
+    check_mask,
+    check_positive,
+    check_shape,
+)
 from setpred.encoders.base import SetEncoder
 from setpred.functional.descent import Descent, descend
 from setpred.losses.representation import KINDS, Kind, representation_loss
@@ -58,7 +67,8 @@ class DSPNDecoder(nn.Module):
             drawn (and does not require a gradient).
         init: :math:`Y_0`: ``"learned"`` (one parameter, uniform in [0, 1]), ``"random"`` (0.1 times standard normal,
             drawn at each call), or a module from z to elements ``(B, N, C)``, or to elements and mask ``(B, N)``. Masks
-            start at 0.5 unless the module gives them.
+            start at 0.5 unless the module gives them. Other sets than the learned one are carried in the dtype of the
+            encoder's parameters, if it has any.
         device: Device of the learned :math:`Y_0`.
         dtype: Dtype of the learned :math:`Y_0`.
 
@@ -101,16 +111,21 @@ class DSPNDecoder(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_at_least("iters", iters, 1)
+        check_count("iters", iters)
         check_positive("lr", lr)
-        check_at_least("set_size", set_size, 1)
-        check_at_least("channels", channels, 1)
+        check_interval("mask_clamp", mask_clamp)
+        check_count("set_size", set_size)
+        check_count("channels", channels)
         check_at_least("momentum", momentum, 0)
+        if nesterov and momentum == 0:
+            raise ValueError("`momentum` must be positive when `nesterov` is True, got 0")
         check_at_least("anchor", anchor, 0)
+        if grad_clip is not None:
+            check_positive("grad_clip", grad_clip)
+        if tol is not None:
+            check_at_least("tol", tol, -math.inf)
         check_choice("repr_loss", repr_loss, KINDS)
         check_choice("differentiate", differentiate, ("unrolled", "implicit"))
-        if mask_clamp is not None and not mask_clamp[0] < mask_clamp[1]:
-            raise ValueError(f"`mask_clamp` must be an increasing pair or None, got {mask_clamp}")
         if not isinstance(init, nn.Module):
             check_choice("init", init, ("learned", "random"))
         self.encoder = encoder
@@ -231,7 +246,7 @@ class DSPNDecoder(nn.Module):
         """
         check_shape("z", z, "B", "D")
         if iters is not None:
-            check_at_least("iters", iters, 1)
+            check_count("iters", iters)
         if record is None:
             record = self.training and self.differentiate == "unrolled"
         elements, mask = self._initial(z, init, generator)
@@ -247,6 +262,8 @@ class DSPNDecoder(nn.Module):
     def _initial(self, z: Tensor, init: Init | None, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
         """Elements, and mask if one is carried, before the first step."""
         shape = (len(z), self.set_size, self.channels)
+        # The descent is carried in the precision of the encoder, whatever autocast made of z or of the module's result.
+        dtype = _dtype(self.encoder)
         given: Any = init
         if given is None:
             if self.initial_elements is not None:
@@ -254,10 +271,11 @@ class DSPNDecoder(nn.Module):
             elif isinstance(self.init, nn.Module):
                 given = self.init(z)
             else:
-                given = 0.1 * torch.randn(shape, device=z.device, dtype=z.dtype, generator=generator)
+                given = 0.1 * torch.randn(shape, device=z.device, dtype=dtype or z.dtype, generator=generator)
         elements, mask = given if isinstance(given, tuple) else (given, None)
         check_shape("init elements", elements, *shape)
         check_mask("init mask", mask, shape[:2])
+        elements = elements.to(dtype or elements.dtype)
         if self.mask_clamp is None:
             if mask is not None:
                 raise ValueError("`init` must be elements alone when `mask_clamp` is None, got a mask too")
@@ -311,8 +329,14 @@ class DSPNDecoder(nn.Module):
             f"iters={self.iters}, lr={self.lr}, mask_clamp={self.mask_clamp}, set_size={self.set_size}, "
             f"channels={self.channels}, momentum={self.momentum}, nesterov={self.nesterov}, "
             f"repr_loss={self.repr_loss!r}, anchor={self.anchor}, grad_clip={self.grad_clip}, tol={self.tol}, "
-            f"differentiate={self.differentiate!r}"
+            f"differentiate={self.differentiate!r}" + (f", init={self.init!r}" if isinstance(self.init, str) else "")
         )
+
+
+def _dtype(encoder: object) -> torch.dtype | None:
+    """Dtype of the encoder's parameters, if it has any."""
+    parameters = encoder.parameters() if isinstance(encoder, nn.Module) else ()
+    return next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), None)
 
 
 def _needs_autograd(encoder: object) -> bool:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from setpred._checks import check_at_least, check_shape
+from setpred._checks import check_count, check_interval, check_shape
 from setpred.decoders.mlp import as_prediction
 from setpred.sets import SetPrediction
 
@@ -14,6 +14,7 @@ class LSTMDecoder(nn.Module):
 
     The vector, mapped to the cell's width, is the initial cell state; the hidden state and the inputs are zeros. Each
     step's hidden state is mapped to one element. A baseline, not a recommendation.
+    `torch.compile` does not trace an LSTM: it breaks the graph there, and refuses with ``fullgraph=True``.
 
     Args:
         in_channels: Size D of the vectors.
@@ -47,8 +48,11 @@ class LSTMDecoder(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_at_least("set_size", set_size, 1)
-        check_at_least("channels", channels, 1)
+        check_count("in_channels", in_channels)
+        check_count("set_size", set_size)
+        check_count("channels", channels)
+        check_count("hidden_channels", hidden_channels)
+        check_interval("mask_clamp", mask_clamp)
         self.in_channels, self.set_size, self.channels = in_channels, set_size, channels
         self.mask_clamp = mask_clamp
         width = channels + int(mask_clamp is not None)

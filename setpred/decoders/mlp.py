@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from setpred._checks import check_at_least, check_shape
+from setpred._checks import check_count, check_interval, check_shape
 from setpred.sets import SetPrediction
 
 
@@ -19,7 +19,8 @@ def as_prediction(output: Tensor, channels: int, mask_clamp: tuple[float, float]
     if mask_clamp is None:
         return SetPrediction(elements, torch.ones_like(output[..., 0]))
     mask = output[..., channels] + 1
-    return SetPrediction(elements, mask + (mask.clamp(*mask_clamp) - mask).detach())
+    # In this order the value is exactly the clamped one: what is added is 0.
+    return SetPrediction(elements, mask.clamp(*mask_clamp).detach() + (mask - mask.detach()))
 
 
 class MLPDecoder(nn.Module):
@@ -60,8 +61,11 @@ class MLPDecoder(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_at_least("set_size", set_size, 1)
-        check_at_least("channels", channels, 1)
+        check_count("in_channels", in_channels)
+        check_count("set_size", set_size)
+        check_count("channels", channels)
+        check_count("hidden_channels", hidden_channels)
+        check_interval("mask_clamp", mask_clamp)
         self.in_channels, self.set_size, self.channels = in_channels, set_size, channels
         self.mask_clamp = mask_clamp
         width = channels + int(mask_clamp is not None)

@@ -36,6 +36,7 @@ class DSPNLoss(nn.Module):
         ValueError: If a number is out of its range or a choice is unknown.
 
     Example:
+        >>> import torch
         >>> from setpred import DSPNDecoder, DSPNLoss, HungarianLoss, PooledEncoder
         >>> encoder = PooledEncoder(in_channels=2, out_channels=16)
         >>> decoder = DSPNDecoder(encoder, set_size=5, channels=2)
@@ -105,11 +106,12 @@ class DSPNLoss(nn.Module):
                     "`prediction` must carry a differentiable trajectory for steps='all': "
                     "differentiate='implicit' records it detached; use steps='last'"
                 )
+        if target_mask is not None:
+            target = target.masked_fill((target_mask == 0).unsqueeze(-1), 0)
         loss = self.set_loss(elements, target, mask, target_mask)
         if z is None or self.repr_weight == 0:
             return loss
         if target_mask is not None:
-            target = target.masked_fill((target_mask == 0).unsqueeze(-1), 0)
             target_mask = target_mask.to(target.dtype)
         representation = self._encoder[0](target, target_mask)
         return loss + self.repr_weight * representation_loss(representation, z, kind=self.repr_loss)
