@@ -1,0 +1,84 @@
+"""DSPNDecoder under torch.compile(fullgraph=True) equals itself in eager mode."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from setpred import DSPNDecoder, PooledEncoder, RelationEncoder, SetPrediction
+
+Z = 16
+
+
+@pytest.fixture(autouse=True)
+def _forget_compilations() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def make_decoder(make_encoder: type[nn.Module], name: str, **options: Any) -> DSPNDecoder:
+    encoder = make_encoder(2, Z, 16)
+    return getattr(DSPNDecoder, name)(encoder, **{"iters": 2, "lr": 1.0, "set_size": 5, "channels": 2} | options)
+
+
+def trained(decoder: nn.Module, z: torch.Tensor) -> tuple[SetPrediction, list[torch.Tensor]]:
+    """Prediction, and the gradients of its loss: second derivatives of the encoder."""
+    prediction = decoder(z)
+    loss = prediction.elements.square().sum() + prediction.mask.square().sum()
+    if prediction.trajectory is not None:
+        loss = loss + sum(part.square().sum() for part in prediction.trajectory)
+    inputs = [z, *(p for p in decoder.parameters() if p.requires_grad)]
+    return prediction, list(torch.autograd.grad(loss, inputs))
+
+
+def assert_trains_the_same(decoder: DSPNDecoder, backend: str) -> None:
+    z = torch.randn(3, Z, requires_grad=True)
+    expected, gradients = trained(decoder, z)
+    actual, of_compiled = trained(torch.compile(decoder, fullgraph=True, backend=backend), z)
+    assert (actual.trajectory is None) == (expected.trajectory is None)
+    pairs = zip((*actual[:2], *(actual[2] or ())), (*expected[:2], *(expected[2] or ())), strict=True)
+    for a, e in (*pairs, *zip(of_compiled, gradients, strict=True)):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["paper", "idspn"])
+@pytest.mark.parametrize("make_encoder", [PooledEncoder, RelationEncoder])
+def test_training(make_encoder: type[nn.Module], name: str) -> None:
+    assert_trains_the_same(make_decoder(make_encoder, name), "aot_eager")
+
+
+def test_training_with_every_option() -> None:
+    decoder = make_decoder(
+        PooledEncoder,
+        "idspn",
+        differentiate="unrolled",
+        grad_clip=0.1,
+        tol=0.01,
+        project=lambda elements, mask: (elements.clamp(0, 1), mask),
+    )
+    assert_trains_the_same(decoder, "aot_eager")
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("make_encoder", [PooledEncoder, RelationEncoder])
+def test_inference(make_encoder: type[nn.Module], mode: Any) -> None:
+    decoder, z = make_decoder(make_encoder, "paper").eval(), torch.randn(3, Z)
+    compiled = torch.compile(decoder, fullgraph=True, backend="aot_eager")
+    with mode():
+        torch.testing.assert_close(tuple(compiled(z)[:2]), tuple(decoder(z)[:2]))
+
+
+def test_inference_of_sets_without_masks_from_random_starts() -> None:
+    decoder, z = make_decoder(PooledEncoder, "idspn", init="random", mask_clamp=None).eval(), torch.randn(3, Z)
+    with torch.no_grad():
+        elements, mask, _ = torch.compile(decoder, fullgraph=True, backend="aot_eager")(z)
+    assert elements.shape == (3, 5, 2)
+    assert (mask == 1).all()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # of inductor's own imports
+def test_training_with_the_default_backend() -> None:
+    assert_trains_the_same(make_decoder(PooledEncoder, "paper"), "inductor")

@@ -1,0 +1,62 @@
+"""Memory of DSPNDecoder: what grows with the number of steps, and what does not."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import profile
+
+from setpred import DSPNDecoder, PooledEncoder
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """Largest sum of live allocations while ``run`` runs, as PyTorch's CPU allocator counts them."""
+    run()  # what is allocated once and kept
+    with profile(profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live, peak = 0, 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def training_step(iters: int, **options: Any) -> Callable[[], None]:
+    decoder = DSPNDecoder(PooledEncoder(2, 32, 64), iters, 1.0, set_size=50, channels=2, **options)
+    z = torch.randn(8, 32)
+    return lambda: decoder(z).elements.square().sum().backward()
+
+
+def inference(iters: int, **options: Any) -> Callable[[], None]:
+    decoder = DSPNDecoder(PooledEncoder(2, 32, 64), iters, 1.0, set_size=50, channels=2).eval()
+    z = torch.randn(8, 32)
+
+    def run() -> None:
+        with torch.no_grad():
+            decoder(z, **options)
+
+    return run
+
+
+@pytest.mark.parametrize("options", [{}, {"anchor": 0.1, "momentum": 0.9, "nesterov": True, "grad_clip": 1.0}])
+def test_of_an_implicit_training_step_does_not_grow(options: dict[str, Any]) -> None:
+    few, many = (peak_bytes(training_step(iters, differentiate="implicit", **options)) for iters in (10, 40))
+    assert many < 1.05 * few
+
+
+def test_of_an_unrolled_training_step_grows_in_proportion() -> None:
+    few, many = (peak_bytes(training_step(iters)) for iters in (10, 40))
+    assert many > 3 * few
+
+
+def test_of_inference_does_not_grow() -> None:
+    few, many = (peak_bytes(inference(iters)) for iters in (10, 40))
+    assert many < 1.05 * few
+
+
+def test_of_a_recorded_inference_grows_by_the_record_alone() -> None:
+    few, many = (peak_bytes(inference(iters, record=True)) for iters in (10, 40))
+    step = 4 * 8 * 50 * 3  # float32 elements and masks of a batch
+    assert 30 * step < many - few < 2.5 * 30 * step  # kept, then stacked
