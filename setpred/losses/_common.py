@@ -116,7 +116,7 @@ def enter(
     present = None
     if target_mask is not None:
         present = target_mask.bool()
-        target = target.masked_fill(~present.unsqueeze(-1), 0)
+        target = torch.where(present.unsqueeze(-1), target, 0)
     if pred_mask is not None:
         pred_mask = pred_mask.to(dtype)
     if presence == "feature":

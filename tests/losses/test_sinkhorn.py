@@ -137,7 +137,7 @@ def test_without_targets(presence: str, targets: str) -> None:
 
 
 @presence
-def test_low_precision_autocast_and_compile(presence: str) -> None:
+def test_low_precision_and_autocast(presence: str) -> None:
     pred, target, pred_mask, target_mask = (x.detach().to(torch.bfloat16) for x in random_sets())
     loss = SinkhornLoss(iters=10, presence=presence)
     expected = loss(pred.float(), target.float(), pred_mask.float(), target_mask)
@@ -145,8 +145,15 @@ def test_low_precision_autocast_and_compile(presence: str) -> None:
         actual = loss(pred, target, pred_mask, target_mask)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, expected)
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(pred, target, pred_mask, target_mask), expected)
+
+
+def test_compiles_as_one_graph() -> None:
+    torch.compiler.reset()
+    loss, inputs = SinkhornLoss(iters=3, presence="none"), random_sets()
+    actual, expected = torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs), loss(*inputs)
+    torch.testing.assert_close(actual, expected, **EXACT)
+    wanted = torch.autograd.grad(expected, inputs[::2])
+    torch.testing.assert_close(torch.autograd.grad(actual, inputs[::2]), wanted, **EXACT)
 
 
 def test_module_and_refusals() -> None:

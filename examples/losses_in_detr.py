@@ -1,0 +1,132 @@
+"""Set losses without DSPN: a small DETR-like detector, with queries, trained by `HungarianLoss(presence="bce")`.
+
+Images hold one to five coloured rectangles over noise. Eight queries predict a box, a colour and a presence each.
+At the end, the average precision on unseen images, and for one image which query was matched to which rectangle.
+
+    python examples/losses_in_detr.py          # one to two minutes on two CPU cores
+    python examples/losses_in_detr.py --quick
+"""
+
+import argparse
+import time
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from setpred import HungarianLoss
+from setpred.functional.pairwise import cross_entropy_cost, on_channels, sum_costs
+from setpred.metrics import average_precision, box_iou
+
+SIZE, MOST, QUERIES, CHANNELS, BATCH = 32, 5, 8, 64, 32
+COLOURS = ("red", "green", "blue")
+BOX, COLOUR = slice(0, 4), slice(4, 7)  # channels of an element: left, top, right, bottom, then one per colour
+
+
+def make_images(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw images (B, 3, 32, 32), their rectangles (B, 5, 7) and which of those exist (B, 5); later ones lie on top."""
+    mask = torch.arange(MOST) < torch.randint(1, MOST + 1, (count, 1), generator=generator)
+    size = 0.15 + 0.25 * torch.rand(count, MOST, 2, generator=generator)
+    corner = (1 - size) * torch.rand(count, MOST, 2, generator=generator)
+    colour = torch.randint(len(COLOURS), (count, MOST), generator=generator)
+    boxes = torch.cat([corner, corner + size], -1)
+    images = 0.3 * torch.rand(count, 3, SIZE, SIZE, generator=generator)
+    place = (torch.arange(SIZE) + 0.5) / SIZE
+    for k in range(MOST):
+        left, top, right, bottom = (edge.view(-1, 1) for edge in boxes[:, k].unbind(-1))
+        inside_x, inside_y = (left < place) & (place < right), (top < place) & (place < bottom)
+        inside = inside_y.unsqueeze(2) & inside_x.unsqueeze(1) & mask[:, k].view(-1, 1, 1)
+        paint = torch.eye(3)[colour[:, k]].view(-1, 3, 1, 1)
+        images = torch.where(inside.unsqueeze(1), 0.7 * paint + 0.3 * images, images)
+    return images, torch.cat([boxes, torch.eye(3)[colour]], -1), mask
+
+
+class Detector(nn.Module):
+    """Convolutions, then queries that attend to the feature map and to each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(
+            nn.Conv2d(3, 32, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, CHANNELS, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1),
+        )
+        self.positions = nn.Parameter(0.1 * torch.randn((SIZE // 4) ** 2, CHANNELS))
+        self.queries = nn.Parameter(torch.randn(QUERIES, CHANNELS))
+        layer = nn.TransformerDecoderLayer(CHANNELS, nhead=4, dim_feedforward=128, dropout=0.0, batch_first=True)
+        self.decoder = nn.TransformerDecoder(layer, num_layers=2)
+        self.head = nn.Linear(CHANNELS, 4 + len(COLOURS) + 1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Predict elements (B, 8, 7), colours as logits, and presences (B, 8)."""
+        features = self.backbone(images).flatten(2).mT + self.positions
+        centre, size, colour, presence = self.head(
+            self.decoder(self.queries.expand(len(images), -1, -1), features)
+        ).split([2, 2, len(COLOURS), 1], -1)
+        centre, half = centre.sigmoid(), size.sigmoid() / 2
+        return torch.cat([centre - half, centre + half, colour], -1), presence.sigmoid().squeeze(-1)
+
+
+def same_colour_iou(pred: Tensor, target: Tensor) -> Tensor:
+    """Closeness for the average precision: IoU, and none at all if the colour is wrong."""
+    colours = [side[..., COLOUR].argmax(-1) for side in (pred, target)]
+    return box_iou(pred[..., BOX], target[..., BOX]) * (colours[0].unsqueeze(2) == colours[1].unsqueeze(1))
+
+
+def describe(element: Tensor) -> str:
+    """Format one element."""
+    box = " ".join(f"{edge:.2f}" for edge in element[BOX].tolist())
+    return f"{COLOURS[int(element[COLOUR].argmax())]:5} [{box}]"
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Train, evaluate and print; return the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    options = parser.parse_args(arguments)
+    steps, test_images = (20, 50) if options.quick else (options.steps, 1000)
+
+    torch.manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(options.seed)
+    model = Detector()
+    cost = sum_costs(on_channels("l1", BOX, weight=20.0), on_channels(cross_entropy_cost, COLOUR))
+    loss = HungarianLoss(cost, presence="bce", presence_weight=5.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    start = time.perf_counter()
+    with tqdm(range(steps), desc="training", unit="step") as bar:
+        for step in bar:
+            images, target, target_mask = make_images(BATCH, generator)
+            pred, presence = model(images)
+            value = loss(pred, target, presence, target_mask)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            schedule.step()
+            if step % 50 == 0:
+                bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
+    seconds = time.perf_counter() - start
+
+    model.eval()
+    with torch.inference_mode():
+        images, target, target_mask = make_images(test_images, torch.Generator().manual_seed(10_000 + options.seed))
+        pred, presence = model(images)
+        value, matching = loss(pred, target, presence, target_mask, return_matching=True)
+        thresholds = (0.5, 0.75)
+        precision = average_precision(pred, presence, target, target_mask, rule=same_colour_iou, thresholds=thresholds)
+    print(f"\nQueries and the rectangles that they are matched to, in the first of {test_images} unseen images:")
+    for query, column in enumerate(matching[0].tolist()):
+        partner = describe(target[0, column]) if column >= 0 else "-"
+        print(f"  query {query}  presence {presence[0, query]:.2f}  {describe(pred[0, query])}  ->  {partner}")
+    figures = {"loss": value.item(), "seconds": seconds}
+    figures |= {f"AP{100 * t:.0f}": ap for t, ap in zip(thresholds, precision.tolist(), strict=True)}
+    print("\n" + ", ".join(f"{name} {figure:.3f}" for name, figure in figures.items()))
+    return figures
+
+
+if __name__ == "__main__":
+    main()
