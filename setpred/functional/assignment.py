@@ -195,9 +195,9 @@ def _present_first(mask: Tensor | None, shape: tuple[int, int]) -> tuple[_Indice
 
 
 def _threads(samples: int, rows: int, cols: int) -> int:
-    """Threads pay (SciPy lets go of the GIL) from about two milliseconds of solving: see tests/benchmarks."""
+    """Threads pay (SciPy lets go of the GIL) from some ten milliseconds of solving on: see tests/benchmarks."""
     work = samples * rows * cols * min(rows, cols)
-    return min(samples, torch.get_num_threads()) if work > 4_000_000 else 1
+    return min(samples, torch.get_num_threads()) if work > 20_000_000 else 1
 
 
 def _with_scipy(cost: Tensor, row_mask: Tensor | None, col_mask: Tensor | None, every_column: bool) -> Tensor:
