@@ -20,6 +20,13 @@ class Trajectory(NamedTuple):
         repr_loss: Representation loss of each sample before each step, shape ``(T, B)``.
         grad_norm: Euclidean norm of each sample's inner gradient before clipping, shape ``(T, B)``.
 
+    Example:
+        >>> from setpred import DSPNDecoder, PooledEncoder
+        >>> decoder = DSPNDecoder(PooledEncoder(2, 16), iters=10, set_size=5, channels=2)
+        >>> trajectory = decoder(torch.randn(3, 16)).trajectory
+        >>> trajectory.elements.shape, trajectory.repr_loss.shape
+        (torch.Size([11, 3, 5, 2]), torch.Size([10, 3]))
+
     Source: Zhang et al., Deep Set Prediction Networks (NeurIPS 2019), Algorithm 1.
     """
 

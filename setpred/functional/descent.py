@@ -28,6 +28,11 @@ class Descent(NamedTuple, Generic[Y]):
         trajectory: All points, with a new first dimension of T + 1.
         loss: Objective before each step, shape ``(T, B)``.
         grad_norm: Norm of each sample's gradient before clipping, shape ``(T, B)``.
+
+    Example:
+        >>> result = descend(lambda y: y.square().sum(1), torch.ones(3, 2), steps=4, lr=0.1, record=True)
+        >>> result.trajectory.shape, result.loss.shape
+        (torch.Size([5, 3, 2]), torch.Size([4, 3]))
     """
 
     value: Y
