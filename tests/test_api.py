@@ -1,0 +1,142 @@
+"""The public names: they are there, documented, and called as users rely on."""
+
+import inspect
+from types import ModuleType
+
+import pytest
+
+import setpred
+import setpred.functional
+
+NAMES = [(setpred, name) for name in setpred.__all__ if name != "functional"]
+NAMES += [(setpred.functional, name) for name in setpred.functional.__all__]
+EVERY_NAME = pytest.mark.parametrize(("module", "name"), NAMES, ids=[f"{m.__name__}.{n}" for m, n in NAMES])
+
+# What users rely on: names, order, kinds and defaults of arguments. There may be more, by keyword only.
+CONTRACT = """
+class SetPrediction:
+    def __init__(elements, mask, trajectory=None): ...
+class Trajectory:
+    def __init__(elements, mask, repr_loss, grad_norm): ...
+def pad_sets(sets, size=None): ...
+def unpad_sets(elements, mask, threshold=0.5): ...
+class SetEncoder: ...
+class FSPool:
+    def __init__(in_channels, pieces=20, *, relaxed=None): ...
+    def forward(self, elements, mask=None): ...
+class FSUnpool:
+    def __init__(in_channels, pieces=20): ...
+class PooledEncoder:
+    def __init__(in_channels, out_channels, hidden_channels=256, *, layers=3, pool="fspool", size_feature=False): ...
+    def forward(self, elements, mask=None): ...
+class RelationEncoder:
+    def __init__(in_channels, out_channels, hidden_channels=512, *, pool="fspool", size_feature=False): ...
+    def forward(self, elements, mask=None): ...
+class DSPNDecoder:
+    def __init__(
+        encoder, iters=10, lr=25.0, mask_clamp=(0.0, 1.0), *, set_size, channels, momentum=0.0, nesterov=False,
+        repr_loss="huber", anchor=0.0, grad_clip=None, project=None, tol=None, differentiate="unrolled", init="learned",
+    ): ...
+    def forward(self, z, *, iters=None, init=None, record=None, generator=None): ...
+    def paper(encoder, *, set_size, channels): ...
+    def idspn(encoder, *, set_size, channels): ...
+class MLPDecoder:
+    def __init__(in_channels, set_size, channels, hidden_channels=512): ...
+    def forward(self, z): ...
+class LSTMDecoder:
+    def __init__(in_channels, set_size, channels, hidden_channels=512): ...
+    def forward(self, z): ...
+class HungarianLoss:
+    def __init__(cost="huber", *, presence="feature", presence_weight=1.0, reduction="mean", solver="auto"): ...
+    def forward(self, pred, target, pred_mask=None, target_mask=None): ...
+def hungarian_loss(
+    pred, target, pred_mask=None, target_mask=None, *,
+    cost="huber", presence="feature", presence_weight=1.0, reduction="mean", solver="auto",
+): ...
+class ChamferLoss:
+    def __init__(cost="huber", *, presence="feature", reduction="mean"): ...
+    def forward(self, pred, target, pred_mask=None, target_mask=None): ...
+def chamfer_loss(
+    pred, target, pred_mask=None, target_mask=None, *, cost="huber", presence="feature", reduction="mean"
+): ...
+class RepresentationLoss:
+    def __init__(kind="huber", *, reduction="mean"): ...
+    def forward(self, representation, target): ...
+def representation_loss(representation, target, *, kind="huber", reduction="mean"): ...
+class DSPNLoss:
+    def __init__(encoder, set_loss, *, repr_weight=0.1, steps="all"): ...
+    def forward(self, prediction, target, target_mask=None, z=None): ...
+def linear_assignment(cost, *, row_mask=None, col_mask=None, solver="auto"): ...
+"""
+
+
+def contracts() -> dict[str, inspect.Signature]:
+    """Signature of each function, constructor and method of the contract, by its dotted name."""
+    namespace: dict[str, object] = {}
+    exec(CONTRACT, namespace)
+    found = {}
+    for name, value in namespace.items():
+        if inspect.isfunction(value):
+            found[name] = inspect.signature(value)
+        elif inspect.isclass(value):
+            for method, function in vars(value).items():
+                if inspect.isfunction(function):
+                    found[name if method == "__init__" else f"{name}.{method}"] = inspect.signature(function)
+    return found
+
+
+CONTRACTS = contracts()
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_is_called_as_users_rely_on(name: str) -> None:
+    value = setpred
+    for part in name.split("."):
+        value = getattr(value, part)
+    actual, expected = inspect.signature(value).parameters, CONTRACTS[name].parameters
+
+    def positional(parameters: dict[str, inspect.Parameter]) -> list[str]:
+        return [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    assert positional(actual) == positional(expected)
+    for parameter in expected.values():
+        assert actual[parameter.name].kind == parameter.kind, parameter.name
+        assert actual[parameter.name].default == parameter.default, parameter.name
+    more = [p for n, p in actual.items() if n not in expected]
+    assert all(p.kind is p.VAR_KEYWORD or (p.kind is p.KEYWORD_ONLY and p.default is not p.empty) for p in more)
+
+
+def test_every_name_of_the_contract_is_public() -> None:
+    namespace: dict[str, object] = {}
+    exec(CONTRACT, namespace)
+    assert {name for name in namespace if not name.startswith("__")} <= set(setpred.__all__)
+    assert len(set(setpred.__all__)) == len(setpred.__all__)
+    assert isinstance(setpred.functional, ModuleType)
+    assert setpred.__version__
+
+
+# What computes no formula: results, protocols, and plain bookkeeping.
+WITHOUT_SOURCE = {"SetPrediction", "Descent", "pad_sets", "unpad_sets", "argsort_descending"}
+
+
+@EVERY_NAME
+def test_is_documented(module: ModuleType, name: str) -> None:
+    document = inspect.getdoc(getattr(module, name))
+    assert document.splitlines()[0].endswith(".")
+    assert ">>> " in document
+    assert ("Source:" in document) == (name not in WITHOUT_SOURCE)
+
+
+@pytest.mark.parametrize("name", [n for n in setpred.__all__ if hasattr(getattr(setpred, n), "forward")])
+def test_arguments_are_documented(name: str) -> None:
+    """Every argument of constructors and `forward` is named in the section `Args`, and no other is."""
+    value = getattr(setpred, name)
+    for function, document in ((value.__init__, inspect.getdoc(value)), (value.forward, inspect.getdoc(value.forward))):
+        if document.startswith("See "):  # a module over a function documents itself there
+            continue
+        arguments = [n for n, p in inspect.signature(function).parameters.items() if n != "self"]
+        section = document.split("Args:\n")[1].split("\n\n")[0]
+        documented = [
+            line.strip().split(":")[0] for line in section.splitlines() if line.startswith("    ") and line[4] != " "
+        ]
+        assert documented == arguments
