@@ -5,18 +5,20 @@ A backbone gives a vector, a decoder makes a set of it, a loss compares it with 
     vector (B, D) -> DSPNDecoder(encoder) -> elements (B, N, C) and mask (B, N) -> HungarianLoss
 """
 
-from setpred import functional
+from setpred import functional, metrics
 from setpred.decoders import DSPNDecoder, LSTMDecoder, MLPDecoder
 from setpred.encoders import FSPool, FSUnpool, PooledEncoder, RelationEncoder, SetEncoder
-from setpred.functional import linear_assignment
+from setpred.functional import linear_assignment, on_channels, sum_costs
 from setpred.losses import (
     ChamferLoss,
     DSPNLoss,
     HungarianLoss,
     RepresentationLoss,
+    SinkhornLoss,
     chamfer_loss,
     hungarian_loss,
     representation_loss,
+    sinkhorn_loss,
 )
 from setpred.sets import SetPrediction, Trajectory, pad_sets, unpad_sets
 
@@ -39,9 +41,14 @@ __all__ = [
     "hungarian_loss",
     "ChamferLoss",
     "chamfer_loss",
+    "SinkhornLoss",
+    "sinkhorn_loss",
     "RepresentationLoss",
     "representation_loss",
     "DSPNLoss",
     "linear_assignment",
+    "sum_costs",
+    "on_channels",
+    "metrics",
     "functional",
 ]

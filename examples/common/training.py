@@ -2,13 +2,12 @@
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
-from common.digits import Sets
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from common.digits import Sets
 from setpred import SetPrediction
 
 Loss = Callable[[SetPrediction, Tensor, Tensor], Tensor]  # (prediction, target, target_mask) -> scalar
@@ -31,25 +30,29 @@ class Autoencoder(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
 
-class Trained(NamedTuple):
-    """What a training leaves besides the model."""
-
-    seconds: float
-    losses: list[float]
-
-
 def train(
-    model: Autoencoder, data: Sets, loss: Loss, *, steps: int, batch_size: int, lr: float, seed: int, name: str
-) -> Trained:
-    """Train with Adam, its learning rate decayed along a cosine, on batches drawn without replacement."""
+    model: Autoencoder,
+    data: Sets,
+    loss: Loss,
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    name: str,
+    bar_position: int = 0,
+) -> float:
+    """Train with Adam, its learning rate decayed along a cosine, on batches drawn without replacement.
+
+    Shows a progress bar with loss and speed; returns the seconds that it took.
+    """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     batches: list[Tensor] = []
-    losses = []
     model.train()
     start = time.perf_counter()
-    with tqdm(range(steps), desc=name, unit="step") as bar:
+    with tqdm(range(steps), desc=name, unit="step", position=bar_position) as bar:
         for _ in bar:
             if not batches:
                 batches = list(torch.randperm(len(data.elements), generator=generator).split(batch_size))
@@ -60,13 +63,12 @@ def train(
             value.backward()
             optimizer.step()
             schedule.step()
-            losses.append(value.item())
-            bar.set_postfix(loss=f"{losses[-1]:.5f}", refresh=False)
-    return Trained(time.perf_counter() - start, losses)
+            bar.set_postfix(loss=f"{value.item():.5f}", refresh=False)
+    return time.perf_counter() - start
 
 
 @torch.inference_mode()
-def evaluate(model: Autoencoder, data: Sets, loss: Loss) -> float:
-    """Mean loss over a data set."""
+def evaluate(model: Autoencoder, data: Sets, loss: Loss, **options: object) -> float:
+    """Mean loss over a data set; options go to the decoder."""
     model.eval()
-    return loss(model(data.elements, data.mask), data.elements, data.mask).item()
+    return loss(model(data.elements, data.mask, **options), data.elements, data.mask).item()

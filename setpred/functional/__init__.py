@@ -1,9 +1,11 @@
 """The numeric core: pure tensor functions, no modules."""
 
 from setpred.functional.argsort import argsort_descending
-from setpred.functional.assignment import linear_assignment
+from setpred.functional.assignment import linear_assignment, matched_pairs
 from setpred.functional.descent import Descent, descend
-from setpred.functional.pairwise import pairwise_cost
+from setpred.functional.nearest import nearest_neighbours
+from setpred.functional.pairwise import cross_entropy_cost, on_channels, paired_cost, pairwise_cost, sum_costs
+from setpred.functional.sinkhorn import Transport, entropic_transport
 from setpred.functional.sort_pool import piecewise_linear, sort_pool, sort_unpool
 
 __all__ = [
@@ -12,7 +14,15 @@ __all__ = [
     "sort_pool",
     "sort_unpool",
     "pairwise_cost",
+    "paired_cost",
+    "sum_costs",
+    "on_channels",
+    "cross_entropy_cost",
     "linear_assignment",
+    "matched_pairs",
+    "nearest_neighbours",
+    "Transport",
+    "entropic_transport",
     "Descent",
     "descend",
 ]

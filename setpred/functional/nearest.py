@@ -44,6 +44,8 @@ def nearest_neighbours(
         >>> x, y = torch.tensor([[[0.0], [2.0]]]), torch.tensor([[[3.0], [0.5], [9.0]]])
         >>> nearest_neighbours(x, y)
         (tensor([[1, 0]]), tensor([[1, 0, 1]]))
+
+    Source: the two minima of Zhang et al. (NeurIPS 2019), equation 1.
     """
     check_shape("x", x, "B", "N", "C")
     check_shape("y", y, x.shape[0], "M", x.shape[2])

@@ -154,6 +154,8 @@ def cross_entropy_cost(logits: Tensor, target: Tensor) -> Tensor:
     Example:
         >>> cross_entropy_cost(torch.zeros(1, 1, 2), torch.eye(2).unsqueeze(0))
         tensor([[[0.6931, 0.6931]]])
+
+    Source: the cost of `torch.nn.functional.cross_entropy` with class probabilities, between all pairs.
     """
     return -logits.log_softmax(-1) @ target.transpose(-1, -2)
 

@@ -16,6 +16,11 @@ class Transport(NamedTuple):
         plan: Mass that goes from each row to each column, shape ``(B, N, M)``.
         row_potential: Derivative of the value by the rows' weights, up to a constant, shape ``(B, N)``.
         col_potential: Derivative by the columns' weights, up to a constant, shape ``(B, M)``.
+
+    Example:
+        >>> transport = entropic_transport(torch.zeros(1, 2, 3), torch.full((1, 2), 1 / 2), torch.full((1, 3), 1 / 3))
+        >>> transport.plan.shape
+        torch.Size([1, 2, 3])
     """
 
     value: Tensor

@@ -147,7 +147,7 @@ def sort_pool(
         # Stable, so that of two equal elements the same one comes first in every feature: which gradients they get, as
         # a multiset, must not depend on the order of the elements.
         permutation = argsort_descending(values).permute(1, 2, 0)
-    # Flattened, the backward pass sees the small pooled gradient made contiguous, and so gives the large one contiguous.
+    # Flattened, the backward pass makes the small pooled gradient contiguous, and so gives the large one contiguous.
     pooled = (values.flatten(0, 1) * _element_weights(weight, permutation, mask).flatten(0, 1)).sum(-1)
     return pooled.view(values.shape[:2]).t().contiguous(), permutation
 

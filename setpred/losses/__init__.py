@@ -4,12 +4,15 @@ from setpred.losses.chamfer import ChamferLoss, chamfer_loss
 from setpred.losses.dspn import DSPNLoss
 from setpred.losses.hungarian import HungarianLoss, hungarian_loss
 from setpred.losses.representation import RepresentationLoss, representation_loss
+from setpred.losses.sinkhorn import SinkhornLoss, sinkhorn_loss
 
 __all__ = [
     "HungarianLoss",
     "hungarian_loss",
     "ChamferLoss",
     "chamfer_loss",
+    "SinkhornLoss",
+    "sinkhorn_loss",
     "RepresentationLoss",
     "representation_loss",
     "DSPNLoss",

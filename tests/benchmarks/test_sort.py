@@ -1,6 +1,6 @@
 """The stable argsort against torch.sort.
 
-    pytest tests/benchmarks/test_sort.py
+pytest tests/benchmarks/test_sort.py
 """
 
 import pytest

@@ -1,6 +1,6 @@
 """Training step and inference at the paper's two shapes, beside bare matrix products of the same sizes.
 
-    pytest tests/benchmarks/test_steps.py
+pytest tests/benchmarks/test_steps.py
 """
 
 from collections.abc import Callable

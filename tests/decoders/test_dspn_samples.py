@@ -32,8 +32,12 @@ def largest_difference(decoder: DSPNDecoder, z: Tensor, sizes: tuple[int, ...], 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(
     ("make_encoder", "size", "channels", "features"),
-    [(lambda: RelationEncoder(18, 512), 10, 18, 512), (lambda: PooledEncoder(2, 64), 30, 2, 64)],
-    ids=["relation", "pooled"],
+    [
+        (lambda: RelationEncoder(18, 512), 10, 18, 512),
+        (lambda: PooledEncoder(2, 64), 30, 2, 64),
+        (lambda: PooledEncoder(18, 512, 512), 10, 18, 512),
+    ],
+    ids=["relation", "pooled", "pooled, few rows"],
 )
 def test_a_sample_alone_is_decoded_as_in_any_batch(
     seed: int, make_encoder: Callable[[], nn.Module], size: int, channels: int, features: int
