@@ -213,8 +213,8 @@ def descend(
                 direction = tuple(g + momentum * v for g, v in zip(grad, velocity, strict=True))
         new = projected(tuple(part - lr * d for part, d in zip(y, direction, strict=True)))
         if tol is not None:
-            moving = at.loss > tol
-            new = tuple(torch.where(_per_sample(moving, n), n, part) for n, part in zip(new, y, strict=True))
+            still = at.loss <= tol  # not where it is NaN: that must show
+            new = tuple(torch.where(_per_sample(still, n), part, n) for n, part in zip(new, y, strict=True))
         return new, velocity
 
     y, velocity = unpacked(init), None
@@ -229,7 +229,7 @@ def descend(
         velocity = None
         for step in range(steps):
             at = gradient_at(y)
-            if tol is not None and not torch.compiler.is_compiling() and not bool((at.loss > tol).any()):
+            if tol is not None and not torch.compiler.is_compiling() and bool((at.loss <= tol).all()):
                 for _ in range(step, steps):
                     keep(y, at)
                 break

@@ -1,8 +1,10 @@
 """DSPNDecoder under torch.compile(fullgraph=True) equals itself in eager mode.
 
-By the backend that captures forward and backward graphs as inductor gets them, without its minute of C++ compilation.
+By the backend that captures forward and backward graphs as inductor gets them, without its minute of C++ compilation;
+and once by inductor.
 """
 
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,10 +39,10 @@ def trained(decoder: nn.Module, z: torch.Tensor) -> tuple[SetPrediction, list[to
     return prediction, list(torch.autograd.grad(loss, inputs))
 
 
-def assert_trains_the_same(decoder: DSPNDecoder) -> None:
+def assert_trains_the_same(decoder: DSPNDecoder, backend: str = "aot_eager") -> None:
     z = torch.randn(3, Z, requires_grad=True)
     expected, gradients = trained(decoder, z)
-    actual, of_compiled = trained(torch.compile(decoder, fullgraph=True, backend="aot_eager"), z)
+    actual, of_compiled = trained(torch.compile(decoder, fullgraph=True, backend=backend), z)
     assert (actual.trajectory is None) == (expected.trajectory is None)
     pairs = zip((*actual[:2], *(actual[2] or ())), (*expected[:2], *(expected[2] or ())), strict=True)
     for a, e in (*pairs, *zip(of_compiled, gradients, strict=True)):
@@ -51,6 +53,12 @@ def assert_trains_the_same(decoder: DSPNDecoder) -> None:
 @pytest.mark.parametrize("make_encoder", [PooledEncoder, RelationEncoder])
 def test_training(make_encoder: type[nn.Module], name: str) -> None:
     assert_trains_the_same(make_decoder(make_encoder, name))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ on the CPU")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own imports
+def test_training_with_the_default_backend() -> None:
+    assert_trains_the_same(make_decoder(RelationEncoder, "paper"), backend="inductor")
 
 
 def test_training_with_every_option() -> None:

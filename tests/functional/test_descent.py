@@ -477,3 +477,10 @@ def test_refuses_objectives(
 ) -> None:
     with pytest.raises(error, match=message):
         descend(objective, START, steps=1, lr=0.1, gradient=gradient)
+
+
+def test_tol_does_not_hide_a_value_that_is_no_number() -> None:
+    start = torch.tensor([[1.0], [torch.nan]])
+    result = descend(lambda y: y.square().sum(1), start, steps=3, lr=0.5, tol=10.0)
+    assert result.value[0] == 1
+    assert result.value[1].isnan()
