@@ -18,8 +18,8 @@ def argsort_descending(values: Tensor) -> Tensor:
         tensor([1, 3, 0, 2])
     """
     values = values.detach()
-    # torch.sort on the CPU has no vectorised kernel: NumPy's takes a fifth of its time (tests/benchmarks/test_sort.py).
-    # An op of our own cannot be exported.
+    # torch.sort on the CPU has no vectorised kernel; this takes a third to a sixth of its time, as measured by
+    # tests/benchmarks/test_sort.py. An op of our own cannot be exported.
     if values.device.type == "cpu" and values.dtype == torch.float32 and not torch.compiler.is_exporting():
         order: Tensor = _argsort_float32(values)
         return order
