@@ -11,13 +11,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def draw_set_grid(rows: Sequence[Sequence[tuple[Tensor, Tensor]]], titles: Sequence[str], path: Path) -> None:
+def draw_set_grid(
+    rows: Sequence[Sequence[tuple[Tensor, Tensor]]], titles: Sequence[str], path: Path, *, point: float = 9
+) -> None:
     """Draw one set a cell: points in [0, 1]^2, y downwards, as dark as their mask.
 
     Args:
         rows: Elements (N, 2) and mask (N,) of each cell, row by row.
         titles: One title a column.
         path: Where to write the PNG.
+        point: Area of a point.
     """
     size = (1.05 * len(titles), 1.05 * len(rows) + 0.3)
     figure, axes = plt.subplots(len(rows), len(titles), figsize=size, squeeze=False, layout="constrained")
@@ -26,7 +29,7 @@ def draw_set_grid(rows: Sequence[Sequence[tuple[Tensor, Tensor]]], titles: Seque
             x, y = elements.T.numpy()
             colours = np.zeros((len(x), 4))
             colours[:, 3] = mask.float().clamp(0, 1).numpy()
-            axis.scatter(x, y, s=9, c=colours, linewidths=0)
+            axis.scatter(x, y, s=point, c=colours, linewidths=0)
             axis.set(xlim=(-0.15, 1.15), ylim=(1.15, -0.15), xticks=[], yticks=[], aspect="equal")
             for spine in axis.spines.values():
                 spine.set_color("0.8")

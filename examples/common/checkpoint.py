@@ -1,0 +1,59 @@
+"""What a run leaves in its directory, so that it can be killed at any moment: checkpoints, metrics, JSON files."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def _replace(path: Path, temporary: Path) -> None:
+    os.replace(temporary, path)  # atomic: whoever reads sees the old file or the new one
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint to a temporary name, then rename it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    torch.save(dict(state), temporary)
+    _replace(path, temporary)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU; it holds tensors and plain values only, so no code is run."""
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file to a temporary name, then rename it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    _replace(path, temporary)
+
+
+class MetricsFile:
+    """Metrics as JSON lines, each with its training step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Write one line."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """Read all whole lines; a kill may have cut the last one short."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text().split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+    def rewind(self, step: int) -> None:
+        """Forget what came after a step: training goes on from there."""
+        kept = [json.dumps(line) + "\n" for line in self.read() if line["step"] <= step]
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        temporary.write_text("".join(kept))
+        _replace(self.path, temporary)

@@ -1,0 +1,38 @@
+"""Training curves."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def draw_curves(lines: Sequence[Mapping[str, Any]], score: str, title: str, path: Path) -> None:
+    """Draw the training loss and the validation score, the latter once for each number of inner steps.
+
+    Args:
+        lines: The run's metrics.
+        score: Name of the score.
+        title: What the data is.
+        path: Where to write the PNG.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    losses = [line for line in lines if "loss" in line]
+    left.plot([line["step"] for line in losses], [line["loss"] for line in losses], color="0.3", linewidth=1)
+    left.set(xlabel="step", ylabel="training loss", yscale="log")
+    validations = [line for line in lines if "validation" in line]
+    for steps in validations[-1]["validation"] if validations else ():
+        values = [line["validation"][steps][score] for line in validations]
+        label = None if steps == "-" else f"{steps} inner steps"
+        right.plot([line["step"] for line in validations], values, marker="o", markersize=3, linewidth=1, label=label)
+        if label:
+            right.legend(fontsize=8, frameon=False)
+    right.set(xlabel="step", ylabel=f"validation {score}")
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

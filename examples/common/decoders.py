@@ -1,0 +1,69 @@
+"""The four decoders that the examples compare, with the losses that they are trained by."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from common.batches import Batch
+from setpred import DSPNDecoder, DSPNLoss, LSTMDecoder, MLPDecoder, SetPrediction
+
+DECODERS = ("dspn", "idspn", "mlp", "lstm")
+DESCENT = ("dspn", "idspn")
+SetLoss = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+Loss = Callable[[SetPrediction, Batch, Tensor], Tensor]  # (prediction, batch, z) -> scalar
+
+
+def add_decoder_arguments(parser: argparse.ArgumentParser, *, eval_steps: Sequence[int]) -> None:
+    """Add what describes the decoder; None leaves a value to the recipe of the decoder's paper."""
+    group = parser.add_argument_group("decoder")
+    group.add_argument("--decoder", choices=DECODERS, default="dspn", help="default: dspn")
+    group.add_argument("--inner-steps", type=int, metavar="T", help="steps of the inner descent in training")
+    group.add_argument("--inner-lr", type=float, metavar="LR", help="its learning rate")
+    group.add_argument("--momentum", type=float, help="its momentum; Nesterov's for idspn")
+    group.add_argument("--anchor", type=float, metavar="W", help="weight of the pull towards the initial set (idspn)")
+    group.add_argument(
+        "--loss-steps", choices=["all", "last"], help="which inner steps the set loss is averaged over (dspn)"
+    )
+    group.add_argument(
+        "--eval-steps",
+        type=int,
+        nargs="+",
+        default=list(eval_steps),
+        metavar="T",
+        help=f"evaluate after these numbers of inner steps; default: {' '.join(map(str, eval_steps))}",
+    )
+
+
+def make_decoder(
+    options: argparse.Namespace, encoder: nn.Module, *, latent: int, set_size: int, channels: int, width: int
+) -> nn.Module:
+    """Make the decoder that the options ask for; the baselines have nothing to do with the encoder."""
+    if options.decoder == "mlp":
+        return MLPDecoder(latent, set_size, channels, width)
+    if options.decoder == "lstm":
+        return LSTMDecoder(latent, set_size, channels, width)
+    changes: dict[str, Any] = {"iters": options.inner_steps, "lr": options.inner_lr, "momentum": options.momentum}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if options.decoder == "dspn":
+        return DSPNDecoder.paper(encoder, set_size=set_size, channels=channels, **changes)
+    if options.anchor is not None:
+        changes["anchor"] = options.anchor
+    changes["nesterov"] = changes.get("momentum", 1) > 0
+    return DSPNDecoder.idspn(encoder, set_size=set_size, channels=channels, **changes)
+
+
+def make_loss(options: argparse.Namespace, encoder: nn.Module, set_loss: SetLoss, *, repr_weight: float) -> Loss:
+    """Make the outer loss: DSPN's is over all inner steps, with the representation term; the others' is of the result.
+
+    An autoencoder has a `repr_weight` of 0: its vector is the target's representation anyway.
+    """
+    dspn = options.decoder == "dspn"
+    loss = DSPNLoss(
+        encoder,
+        set_loss,
+        repr_weight=repr_weight if dspn else 0.0,
+        steps=(options.loss_steps or "all") if dspn else "last",
+    )
+    return lambda prediction, batch, z: loss(prediction, batch.elements, batch.mask, z)

@@ -1,0 +1,492 @@
+"""The training engine of the examples: one loop with budgets, checkpoints, resumption, metrics and evaluation.
+
+Devices, processes and data sharding are `accelerate`'s. A run lives in one directory and may be killed at any moment:
+
+    config.json       options, versions, machine
+    last.pt, best.pt  checkpoints; `best` by the validation score
+    metrics.jsonl     training loss and validation scores
+    result.json       what came of it; on the test split, of the best checkpoint
+"""
+
+import argparse
+import math
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, gather_object, set_seed
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import setpred
+from common.batches import Batch, Splits
+from common.checkpoint import MetricsFile, load, save, write_json
+from common.cli import BUDGET, CARRIED_OUT, make_parser, parse
+from common.curves import draw_curves
+from common.decoders import DESCENT, Loss
+from common.models import SetPredictor
+
+LOG_EVERY = 20  # steps
+EVALUATION_BATCH = 100
+
+Scores = dict[str, dict[str, float]]  # inner steps, or "-" for a decoder without, -> name -> value
+
+
+class Predictions(NamedTuple):
+    """Predictions and targets of a whole split, on the CPU."""
+
+    elements: Tensor  # (S, N, C)
+    mask: Tensor  # (S, N)
+    target: Tensor  # (S, N, C)
+    target_mask: Tensor  # (S, N), bool
+
+
+class Experiment(Protocol):
+    """What the engine is told about an experiment."""
+
+    name: str
+    description: str  # of the command line
+    eval_steps: Sequence[int]
+    lr: float
+    selection: str  # the validation score that checkpoints, and inner steps in evaluation, are selected by
+    largest: bool  # whether large values of it are good
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the experiment's own options."""
+        ...
+
+    def data(self, options: argparse.Namespace) -> Splits:
+        """Load the data."""
+        ...
+
+    def build(self, options: argparse.Namespace) -> tuple[SetPredictor, Loss]:
+        """Make the model and its loss."""
+        ...
+
+    def score(self, predictions: Predictions) -> dict[str, float]:
+        """Evaluate predictions."""
+        ...
+
+    def source(self, options: argparse.Namespace) -> str:
+        """Say what the data is, in tables and pictures."""
+        ...
+
+    def report(self, scores: Scores, options: argparse.Namespace) -> str:
+        """Make the tables of the scores on the test split."""
+        ...
+
+    def draw(self, model: SetPredictor, batch: Batch, options: argparse.Namespace) -> None:
+        """Draw predictions for a few test samples into `options.out`."""
+        ...
+
+
+class Progress:
+    """How much of the budget is used; the time is that of training steps."""
+
+    def __init__(self, options: argparse.Namespace, batches_per_epoch: int | None) -> None:
+        self.steps, self.budget = options.steps, options.seconds
+        if options.epochs is not None:
+            if batches_per_epoch is None:
+                raise SystemExit("--epochs needs a data set of a fixed size; give --steps or --seconds")
+            self.steps = math.ceil(options.epochs * batches_per_epoch)
+
+    def __call__(self, step: int, seconds: float) -> float:
+        """Fraction of the budget, 1 at its end."""
+        used = step / self.steps if self.steps is not None else seconds / self.budget
+        return min(used, 1.0)
+
+
+class _Interrupts:
+    """Ctrl-C and termination ask the loop to save and leave after the step; a second Ctrl-C leaves at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def run(experiment: Experiment, arguments: list[str] | None = None) -> None:
+    """Train and evaluate, as the command line says."""
+    parser = make_parser(experiment.name, experiment.description, eval_steps=experiment.eval_steps, lr=experiment.lr)
+    experiment.add_arguments(parser)
+    options = parse(parser, experiment.name, arguments)
+    if options.evaluate is not None:
+        checkpoint = _load_checkpoint(options.evaluate)
+        if checkpoint["experiment"] != experiment.name:
+            raise SystemExit(f"--evaluate: {options.evaluate} is of {checkpoint['experiment']}, not {experiment.name}")
+        # What is evaluated and how is the run's own, except for how it is carried out here, and where.
+        own = {name: value for name, value in checkpoint["options"].items() if name not in CARRIED_OUT}
+        given = vars(options)
+        overridden = {"eval_steps"} if _was_given(arguments, "--eval-steps") else set()
+        options = argparse.Namespace(**given | {k: v for k, v in own.items() if k not in overridden})
+        if not _was_given(arguments, "--out"):
+            options.out = options.evaluate.parent
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    accelerator = Accelerator(
+        cpu=options.device == "cpu",
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=options.seed, non_blocking=True),
+        log_with="tensorboard" if options.tensorboard else None,
+        project_dir=options.out,
+    )
+    if options.device == "cuda" and accelerator.device.type != "cuda":
+        raise SystemExit("--device cuda: this PyTorch finds no CUDA device")
+    set_seed(options.seed)
+    with accelerator.main_process_first():  # what is cached is made once
+        splits = experiment.data(options)
+    model, loss = experiment.build(options)
+    if options.evaluate is not None:
+        model.load_state_dict(checkpoint["model"])
+        model.to(accelerator.device)
+        if accelerator.is_main_process:
+            options.out.mkdir(parents=True, exist_ok=True)
+        _finish(experiment, options, accelerator, model, splits, checkpoint)
+        return
+    if _train(experiment, options, accelerator, model, loss, splits):
+        checkpoint = load(options.out / "best.pt")
+        accelerator.unwrap_model(model).load_state_dict(checkpoint["model"])
+        _finish(experiment, options, accelerator, model, splits, checkpoint)
+    accelerator.end_training()
+
+
+def _was_given(arguments: list[str] | None, option: str) -> bool:
+    given = sys.argv[1:] if arguments is None else arguments
+    return any(argument.split("=")[0] == option for argument in given)
+
+
+def _load_checkpoint(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise SystemExit(f"--evaluate: there is no file {path}")
+    return load(path)
+
+
+def _train(
+    experiment: Experiment,
+    options: argparse.Namespace,
+    accelerator: Accelerator,
+    model: SetPredictor,
+    loss: Loss,
+    splits: Splits,
+) -> bool:
+    """Train to the end of the budget, or until asked to leave; returns whether the end was reached."""
+    out, main = options.out, accelerator.is_main_process
+    last = out / "last.pt"
+    if last.exists() and not options.resume:
+        raise SystemExit(f"{out} holds a run already: go on with --resume, or give another --out")
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=options.lr)
+    state: dict[str, Any] = {
+        "experiment": experiment.name,
+        "options": _plain(options),
+        "step": 0,
+        "seconds": 0.0,
+        "validations": 0,
+        "running_loss": 0.0,  # sum since the last line of metrics
+        "running_steps": 0,
+        "best": None,
+    }
+    rng = None
+    if options.resume and last.exists():
+        checkpoint = load(last)
+        _check_same(checkpoint["options"], state["options"], out)
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        rng = checkpoint["rng"]
+        state |= {name: checkpoint[name] for name in state if name != "options"}
+        if main and state["best"] is not None and state["best"]["step"] == state["step"]:
+            _save_best(state, model, out)  # the kill may have come between the two files
+    metrics = MetricsFile(out / "metrics.jsonl")
+    if main:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "config.json", _config(experiment, options, accelerator, model))
+        metrics.rewind(state["step"])
+    accelerator.wait_for_everyone()
+    if options.tensorboard:
+        accelerator.init_trackers("tensorboard")
+
+    compiled = accelerator.device.type == "cuda" if options.compile is None else options.compile
+    if compiled and options.decoder in DESCENT:
+        model.decoder.compile()
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    loader = None
+    if isinstance(splits.train, Dataset):
+        loader = accelerator.prepare(_make_loader(splits.train, options, accelerator, training=True))
+        if len(loader) == 0:
+            raise SystemExit(f"--batch-size {options.batch_size} is more than the training data")
+    progress = Progress(options, None if loader is None else len(loader))
+    batches = _batches(accelerator, splits, loader, state["step"])
+    on_one_thread = accelerator.device.type == "cpu" and torch.get_num_threads() == 1 and options.workers == 0
+    clock = time.process_time if on_one_thread else time.perf_counter
+    validation = accelerator.prepare(_make_loader(splits.validation, options, accelerator, training=False))
+    wrapped.train()
+    interrupts = _Interrupts()
+    saved = time.monotonic()
+    running = torch.tensor(state["running_loss"], device=accelerator.device)
+    if rng is not None:
+        _set_rng(rng[accelerator.process_index])
+
+    def save_last() -> None:
+        state["running_loss"] = running.item()
+        states = gather_object([_get_rng()])
+        if main:
+            save(last, state | {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": states})
+
+    bar = tqdm(
+        desc=f"{experiment.name} {options.decoder}",
+        total=progress.steps,
+        initial=state["step"],
+        unit="step",
+        disable=not accelerator.is_local_main_process,
+        mininterval=0.5,
+    )
+    stopped = False
+    with bar:
+        while True:
+            step = state["step"]
+            used, due, stopped = _agree(
+                accelerator,
+                progress(step, state["seconds"]),
+                time.monotonic() - saved > options.save_every,
+                interrupts.asked,
+            )
+            validations = int(used * options.validations + 1e-9)
+            if validations > state["validations"]:
+                scores = evaluate(experiment, options, accelerator, model, validation)
+                wrapped.train()
+                state["validations"] = validations
+                steps, score = select(experiment, scores)
+                better = state["best"] is None or _is_better(experiment, score, state["best"]["score"])
+                if better:
+                    state["best"] = {"step": step, "score": score, "eval_steps": steps, "validation": scores}
+                if main:
+                    metrics.append({"step": step, "seconds": state["seconds"], "validation": scores})
+                    bar.write(
+                        f"step {step}: validation {experiment.selection} {score:.6g}{' (best)' if better else ''}"
+                    )
+                accelerator.log({f"validation/{name}": value for name, value in scores[steps].items()}, step=step)
+                save_last()
+                if better and main:
+                    _save_best(state, model, out)
+                saved = time.monotonic()
+            elif due or stopped:
+                save_last()
+                saved = time.monotonic()
+            if used >= 1 or stopped:
+                break
+
+            start = clock()
+            lr = options.lr * (1 if options.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * used)))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            batch = next(batches)
+            value = loss(*_ordered(wrapped(batch), batch))
+            optimizer.zero_grad()
+            accelerator.backward(value)
+            optimizer.step()
+            running += value.detach()
+            state["step"] += 1
+            state["running_steps"] += 1
+            if state["step"] % LOG_EVERY == 0:
+                mean = running.item() / state["running_steps"]
+                if not math.isfinite(mean):
+                    raise SystemExit(f"the loss is {mean} at step {state['step']}: try a smaller --lr")
+                state["running_steps"] = 0
+                running.zero_()
+            state["seconds"] += clock() - start
+            if state["step"] % LOG_EVERY == 0:
+                if main:
+                    metrics.append({"step": state["step"], "seconds": state["seconds"], "loss": mean, "lr": lr})
+                accelerator.log({"train/loss": mean, "train/lr": lr}, step=state["step"])
+                bar.set_postfix(loss=f"{mean:.5f}", done=f"{used:.0%}", refresh=False)
+            bar.update()
+    interrupts.restore()
+    if stopped and used < 1:
+        accelerator.print(f"stopped at step {state['step']}, saved in {last}; go on with --resume")
+        accelerator.end_training()
+        raise SystemExit(130)
+    return True
+
+
+def _ordered(output: tuple[Any, Tensor], batch: Batch) -> tuple[Any, Batch, Tensor]:
+    prediction, z = output
+    return prediction, batch, z
+
+
+def _agree(accelerator: Accelerator, used: float, due: bool, stop: bool) -> tuple[float, bool, bool]:
+    """Let all processes decide alike: time and signals reach each of them at other moments."""
+    if accelerator.num_processes > 1:
+        decision = torch.tensor([used, due, stop], dtype=torch.float64, device=accelerator.device)
+        used, due, stop = accelerator.gather(decision).view(-1, 3).amax(0).tolist()
+    return used, bool(due), bool(stop)
+
+
+def _batches(accelerator: Accelerator, splits: Splits, loader: Any, step: int) -> Iterator[Batch]:
+    """Training batches from a step on, epoch after epoch; the order is a function of seed and epoch."""
+    if loader is None:
+        stream: Any = splits.train
+        while True:
+            yield stream.batch(step * accelerator.num_processes + accelerator.process_index, accelerator.device)
+            step += 1
+    while True:
+        epoch, done = divmod(step, len(loader))
+        loader.set_epoch(epoch)
+        rest = accelerator.skip_first_batches(loader, done) if done else loader
+        for batch in rest:
+            yield batch
+            step += 1
+
+
+def _make_loader(
+    data: Dataset[Batch], options: argparse.Namespace, accelerator: Accelerator, *, training: bool
+) -> DataLoader[Batch]:
+    return DataLoader(
+        data,
+        batch_size=options.batch_size if training else EVALUATION_BATCH,
+        shuffle=training,
+        drop_last=training,
+        num_workers=options.workers,
+        persistent_workers=options.workers > 0 and training,
+        pin_memory=accelerator.device.type == "cuda",
+        collate_fn=(lambda batch: batch) if hasattr(data, "__getitems__") else None,
+        generator=torch.Generator(),  # the loader's own draws leave the training's random state alone
+    )
+
+
+@torch.inference_mode()
+def evaluate(
+    experiment: Experiment,
+    options: argparse.Namespace,
+    accelerator: Accelerator,
+    model: SetPredictor,
+    loader: DataLoader[Batch],
+) -> Scores:
+    """Score a split after each number of inner steps; one descent passes through all of them."""
+    model.eval()
+    descends = options.decoder in DESCENT
+    collected: dict[str, list[Predictions]] = {}
+    for batch in loader:
+        kept = {}
+        if descends:
+            trajectory = model(batch, iters=max(options.eval_steps), record=True)[0].trajectory
+            for steps in options.eval_steps:
+                kept[str(steps)] = trajectory.elements[steps], trajectory.mask[steps]
+        else:
+            kept["-"] = model(batch)[0][:2]
+        for steps, prediction in kept.items():
+            parts = accelerator.gather_for_metrics((*prediction, batch.elements, batch.mask))
+            collected.setdefault(steps, []).append(Predictions(*(part.cpu() for part in parts)))
+    return {
+        steps: experiment.score(Predictions(*map(torch.cat, zip(*parts, strict=True))))
+        for steps, parts in collected.items()
+    }
+
+
+def select(experiment: Experiment, scores: Scores) -> tuple[str, float]:
+    """Find the number of inner steps with the best score, and that score."""
+    best = max if experiment.largest else min
+    steps = best(scores, key=lambda steps: scores[steps][experiment.selection])
+    return steps, scores[steps][experiment.selection]
+
+
+def _is_better(experiment: Experiment, score: float, than: float) -> bool:
+    return score > than if experiment.largest else score < than
+
+
+def _finish(
+    experiment: Experiment,
+    options: argparse.Namespace,
+    accelerator: Accelerator,
+    model: SetPredictor,
+    splits: Splits,
+    checkpoint: Mapping[str, Any],
+) -> None:
+    """Write the result; unless told not to, with the scores on the test split and pictures."""
+    result = {
+        "experiment": experiment.name,
+        "data": experiment.source(options),
+        "decoder": options.decoder,
+        "parameters": model.count_parameters(),
+        **{name: checkpoint[name] for name in ("step", "seconds", "best")},
+    }
+    loader = _make_loader(splits.test, options, accelerator, training=False)
+    if options.test:
+        scores = evaluate(experiment, options, accelerator, model, accelerator.prepare(loader))
+        result["test"] = scores
+        accelerator.print(f"\n{experiment.source(options)}, test split, {options.decoder} at step {checkpoint['step']}")
+        accelerator.print(experiment.report(scores, options))
+    if not accelerator.is_main_process:
+        return
+    write_json(options.out / "result.json", result)
+    curves = MetricsFile(options.out / "metrics.jsonl").read()
+    if curves:
+        draw_curves(curves, experiment.selection, experiment.source(options), options.out / "curves.png")
+    if options.test:
+        batch = next(iter(loader))
+        few = Batch(*(None if part is None else part[:6].to(accelerator.device) for part in batch))
+        model.eval()
+        with torch.inference_mode():
+            experiment.draw(model, few, options)
+    accelerator.print(f"written to {options.out}: {', '.join(sorted(p.name for p in options.out.iterdir()))}")
+
+
+def _save_best(state: Mapping[str, Any], model: SetPredictor, out: Path) -> None:
+    names = ("experiment", "options", "step", "seconds", "best")
+    save(out / "best.pt", {name: state[name] for name in names} | {"model": model.state_dict()})
+
+
+def _plain(options: argparse.Namespace) -> dict[str, Any]:
+    """Options as values that a checkpoint may hold."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
+    """Refuse to go on with other options than a run began with, but for its budget."""
+    free = {*CARRIED_OUT, *BUDGET}
+    changed = [name for name in now if name not in free and before.get(name) != now[name]]
+    if changed:
+        listed = ", ".join(f"--{name.replace('_', '-')} {before.get(name)} (now {now[name]})" for name in changed)
+        raise SystemExit(f"--resume: the run in {out} was started with {listed}")
+
+
+def _config(
+    experiment: Experiment, options: argparse.Namespace, accelerator: Accelerator, model: SetPredictor
+) -> dict[str, Any]:
+    cuda = accelerator.device.type == "cuda"
+    return {
+        "experiment": experiment.name,
+        "data": experiment.source(options),
+        "options": _plain(options),
+        "parameters": model.count_parameters(),
+        "versions": {"setpred": setpred.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "machine": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _get_rng() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_rng(states: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

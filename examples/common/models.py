@@ -1,0 +1,91 @@
+"""Networks around a set decoder: what makes the vector that it decodes."""
+
+import torch
+from torch import Tensor, nn
+
+from common.batches import Batch
+from setpred import SetPrediction
+
+
+class SetPredictor(nn.Module):
+    """Something that makes a vector of a batch, and a decoder; DSPN's holds the set encoder."""
+
+    def __init__(self, source: nn.Module, decoder: nn.Module) -> None:
+        super().__init__()
+        self.source, self.decoder = source, decoder
+
+    def forward(self, batch: Batch, **options: object) -> tuple[SetPrediction, Tensor]:
+        """Predict the sets of a batch; options go to the decoder. Returns the vectors too."""
+        z = self.source(batch)
+        return self.decoder(z, **options), z
+
+    def count_parameters(self) -> int:
+        """Number of trained parameters."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+
+class EncodedTarget(nn.Module):
+    """The target set's own representation, so that the whole is an autoencoder."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Encode the target sets."""
+        z: Tensor = self.encoder(batch.elements, batch.mask)
+        return z
+
+
+class EncodedImage(nn.Module):
+    """The vector of an image by a backbone, which alone may run in bfloat16."""
+
+    def __init__(self, backbone: nn.Module, *, bf16: bool = False) -> None:
+        super().__init__()
+        self.backbone, self.bf16 = backbone, bf16
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Encode the images."""
+        images = batch.images
+        if images is None:
+            raise ValueError("`batch.images` must be images, got None")
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        if images.device.type == "cuda":
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            z: Tensor = self.backbone(images)
+        return z.float()
+
+
+def small_backbone(out_channels: int) -> nn.Module:
+    """Five convolutions, for CPUs; the positions that are left enter the vector one by one."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for width, stride in ((32, 2), (64, 2), (96, 2), (128, 2), (128, 1)):
+        layers += [nn.Conv2d(channels, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * channels, out_channels))
+
+
+def resnet34_backbone(out_channels: int) -> nn.Module:
+    """The paper's: ResNet-34 from scratch, and two convolutions down to one position."""
+    try:
+        from torchvision.models import resnet34
+    except (ImportError, RuntimeError) as error:
+        raise SystemExit(
+            "--backbone resnet34 needs a torchvision that fits this torch (pip install torchvision), or take "
+            f"--backbone small; importing it failed with: {error}"
+        ) from error
+    layers = list(resnet34(weights=None).children())[:-2]  # without pooling and classifier
+    return nn.Sequential(
+        *layers,
+        nn.Conv2d(512, 512, 3, stride=2, padding=1),
+        nn.BatchNorm2d(512),
+        nn.AdaptiveAvgPool2d(2),  # 2x2 already from images of 128x128
+        nn.Conv2d(512, out_channels, 2),
+        nn.Flatten(),
+    )
+
+
+BACKBONES = {"resnet34": resnet34_backbone, "small": small_backbone}
