@@ -36,6 +36,7 @@ def make_parser(name: str, description: str, *, eval_steps: Sequence[int], lr: f
     run.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, if there is one")
     run.add_argument("--evaluate", type=Path, metavar="CHECKPOINT", help="evaluate it on the test split, train nothing")
     run.add_argument("--no-test", dest="test", action="store_false", help="leave the test split alone (tuning)")
+    run.add_argument("--validate-on", type=int, metavar="N", help="only the first N of the validation split")
     run.add_argument("--validations", type=int, default=20, metavar="K", help="how many over the budget; default: 20")
     run.add_argument(
         "--save-every", type=float, default=60.0, metavar="SECONDS", help="between checkpoints; default: 60"
@@ -54,7 +55,7 @@ def make_parser(name: str, description: str, *, eval_steps: Sequence[int], lr: f
 def parse(parser: argparse.ArgumentParser, name: str, arguments: list[str] | None) -> argparse.Namespace:
     """Parse, check what argparse cannot, and fill in what depends on other options."""
     options = parser.parse_args(arguments)
-    for option in (*BUDGET, "batch_size", "lr", "validations", "threads", "inner_steps", "inner_lr"):
+    for option in (*BUDGET, "batch_size", "lr", "validations", "validate_on", "threads", "inner_steps", "inner_lr"):
         value = getattr(options, option)
         if value is not None and not value > 0:
             parser.error(f"--{option.replace('_', '-')} must be positive, got {value}")

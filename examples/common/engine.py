@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, gather_object, set_seed
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm import tqdm
 
 import setpred
@@ -232,7 +232,10 @@ def _train(
     batches = _batches(accelerator, splits, loader, state["step"])
     on_one_thread = accelerator.device.type == "cpu" and torch.get_num_threads() == 1 and options.workers == 0
     clock = time.process_time if on_one_thread else time.perf_counter
-    validation = accelerator.prepare(_make_loader(splits.validation, options, accelerator, training=False))
+    chosen: Any = splits.validation
+    if options.validate_on is not None:
+        chosen = Subset(chosen, range(min(options.validate_on, len(chosen))))
+    validation = accelerator.prepare(_make_loader(chosen, options, accelerator, training=False))
     wrapped.train()
     interrupts = _Interrupts()
     saved = time.monotonic()
@@ -351,6 +354,11 @@ def _batches(accelerator: Accelerator, splits: Splits, loader: Any, step: int) -
             step += 1
 
 
+def _collate(items: Batch | list[Batch]) -> Batch:
+    """Make a batch of items, unless the data set has taken it in one piece."""
+    return items if isinstance(items, Batch) else default_collate(items)
+
+
 def _make_loader(
     data: Dataset[Batch], options: argparse.Namespace, accelerator: Accelerator, *, training: bool
 ) -> DataLoader[Batch]:
@@ -362,7 +370,7 @@ def _make_loader(
         num_workers=options.workers,
         persistent_workers=options.workers > 0 and training,
         pin_memory=accelerator.device.type == "cuda",
-        collate_fn=(lambda batch: batch) if hasattr(data, "__getitems__") else None,
+        collate_fn=_collate,
         generator=torch.Generator(),  # the loader's own draws leave the training's random state alone
     )
 
