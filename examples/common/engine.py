@@ -445,7 +445,7 @@ def _finish(
         draw_curves(curves, experiment.selection, experiment.source(options), options.out / "curves.png")
     if options.test:
         batch = next(iter(loader))
-        few = Batch(*(None if part is None else part[:6].to(accelerator.device) for part in batch))
+        few = Batch(*(None if part is None else part[:5].to(accelerator.device) for part in batch))
         model.eval()
         with torch.inference_mode():
             experiment.draw(model, few, options)

@@ -84,8 +84,8 @@ def _draw_cells(axis: Axes, column: int, elements: Tensor, mask: Tensor, target:
         near = 3 * torch.dist(prediction[:3], truth[:3]) <= NEAR
         for name, word in words.items():
             right = bool(near) if name == "position" else word == expected[name]
-            place = column + PLACES[name] * 0.98
-            axis.text(place, row, word, fontsize=7, color=RIGHT if right else WRONG, family="monospace")
+            colour = "0.2" if column == 0 else RIGHT if right else WRONG
+            axis.text(column + PLACES[name] * 0.98, row, word, fontsize=7, color=colour, family="monospace")
     extra = int(present.sum()) - len(partner)
     if extra > 0:
         axis.text(column, row + 1, f"{extra} extra", fontsize=7, color=WRONG, family="monospace")

@@ -1,0 +1,173 @@
+"""Compare the decoders of an experiment: the same seconds for each, learning rates tuned alike, several seeds.
+
+Each decoder is trained from seed 0 with each of the same learning rates. The one with the best validation score is
+trained from the other seeds too, and only those runs are evaluated on the test split. Everything else that was chosen,
+in `RECIPES` below, was chosen on validation splits. Runs go side by side, one thread each. What is finished is kept in
+--out and skipped when the command is given again; what was interrupted goes on.
+
+    python examples/compare.py mnist_sets --seconds 600 --data DIR
+    python examples/compare.py clevr_state --seconds 900
+    python examples/compare.py clevr_boxes --seconds 900
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.decoders import DECODERS
+from common.report import mean_and_spread, table
+
+SMALL = "--schedule cosine --size 64 --max-objects 5 --backbone small --latent 256 --width 128 --scenes 30000"
+RECIPES = {
+    "mnist_sets": {
+        "all": "--schedule cosine --latent 256 --width 64 --validate-on 200",
+        "dspn": "--inner-lr 100",
+        "idspn": "--inner-lr 100 --inner-steps 15 --momentum 0.8 --anchor 0",
+    },
+    "clevr_state": {"all": SMALL},
+    "clevr_boxes": {"all": SMALL},
+}
+COLUMNS = {  # name of a score -> (heading, factor, digits)
+    "mnist_sets": {"chamfer": ("Chamfer x 1000", 1000, 3)},
+    "clevr_state": {
+        **{f"AP{d}": (f"AP{d}", 100, 1) for d in ("inf", "1", "0.5", "0.25", "0.125")},
+        "hungarian": ("Hungarian loss x 1000", 1000, 2),
+    },
+    "clevr_boxes": {
+        **{f"AP{t}": (f"AP{t}", 100, 1) for t in (50, 60, 70, 80, 90)},
+        "hungarian": ("Hungarian loss x 1000", 1000, 3),
+    },
+}
+LARGEST = {"mnist_sets": False, "clevr_state": True, "clevr_boxes": True}  # whether large validation scores are good
+
+
+class Run(NamedTuple):
+    """One training."""
+
+    decoder: str
+    lr: float
+    seed: int
+
+
+class Comparison:
+    """All runs of one experiment, in one directory."""
+
+    def __init__(self, options: argparse.Namespace, extra: list[str]) -> None:
+        self.options, self.extra = options, extra
+        self.out: Path = options.out or Path("out/compare") / options.experiment
+
+    def directory(self, run: Run) -> Path:
+        """Where a run lives."""
+        return self.out / f"{run.decoder}-lr{run.lr:g}-seed{run.seed}"
+
+    def result(self, run: Run) -> dict[str, Any] | None:
+        """What came of a run, if it is finished."""
+        path = self.directory(run) / "result.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def train(self, run: Run, *, test: bool) -> None:
+        """Carry out a run, or what is left of it."""
+        result, directory = self.result(run), self.directory(run)
+        if result is not None and ("test" in result or not test):
+            return
+        if result is not None:  # tuned before: only the test is missing
+            arguments = ["--evaluate", str(directory / "best.pt")]
+        else:
+            recipe = RECIPES[self.options.experiment]
+            arguments = [
+                *shlex.split(f"{recipe['all']} {recipe.get(run.decoder, '')}"),
+                *(f"--decoder {run.decoder} --lr {run.lr:g} --seed {run.seed} --threads 1 --device cpu").split(),
+                *(f"--seconds {self.options.seconds:g} --resume --out {directory}").split(),
+                *([] if test else ["--no-test"]),
+                *self.extra,
+            ]
+        script = Path(__file__).with_name(f"{self.options.experiment}.py")
+        command = [*shlex.split(self.options.prefix), sys.executable, str(script), *arguments]
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / "log.txt").open("a") as log:
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+        print(f"{directory.name}: {'done' if done.returncode == 0 else f'failed, see {directory}/log.txt'}", flush=True)
+
+    def train_all(self, runs: list[Run], *, test: bool) -> None:
+        """Carry out runs side by side."""
+        with ThreadPoolExecutor(self.options.jobs) as pool:
+            list(pool.map(lambda run: self.train(run, test=test), runs))
+
+    def tuned(self, decoder: str) -> Run | None:
+        """Find the run from seed 0 with the best validation score."""
+        runs = [Run(decoder, lr, 0) for lr in self.options.lrs]
+        scores = {run: result["best"]["score"] for run in runs if (result := self.result(run)) is not None}
+        if len(scores) < len(runs):
+            return None
+        best = max if LARGEST[self.options.experiment] else min
+        return best(scores, key=lambda run: scores[run])
+
+    def tables(self) -> str:
+        """Make the tables of what is finished: tuning, and test scores over seeds."""
+        experiment, tuning, rows = self.options.experiment, [], []
+        columns = COLUMNS[experiment]
+        for decoder in self.options.decoders:
+            results = [self.result(Run(decoder, lr, 0)) for lr in self.options.lrs]
+            tuning.append([decoder, *("-" if r is None else f"{r['best']['score']:.5f}" for r in results)])
+            tuned = self.tuned(decoder)
+            if tuned is None:
+                continue
+            done = [self.result(tuned._replace(seed=seed)) for seed in range(self.options.seeds)]
+            results = [r for r in done if r is not None and "test" in r]
+            if not results:
+                continue
+            for steps in results[0]["test"]:
+                chosen = sum(r["best"]["eval_steps"] == steps for r in results)
+                cells = [
+                    mean_and_spread([factor * r["test"][steps][name] for r in results], digits)
+                    for name, (_, factor, digits) in columns.items()
+                ]
+                trained = f"{sum(r['step'] for r in results) // len(results):,}"
+                rows.append([decoder, steps, *cells, f"{chosen}/{len(results)}", f"{tuned.lr:g}", trained])
+        header = ["decoder", "inner steps", *(heading for heading, _, _ in columns.values())]
+        header += ["chosen on validation", "lr", "training steps"]
+        return "\n\n".join(
+            (
+                table(["validation score at lr", *(f"{lr:g}" for lr in self.options.lrs)], tuning),
+                table(header, rows) if rows else "no test scores yet",
+            )
+        )
+
+
+def main() -> None:
+    """Tune, train, and print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="All other options go to the experiment's script.",
+    )
+    parser.add_argument("experiment", choices=list(RECIPES))
+    parser.add_argument("--seconds", type=float, required=True, help="training time of a run")
+    parser.add_argument("--decoders", nargs="+", choices=DECODERS, default=list(DECODERS))
+    parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2], help="default: 0.001 0.003 0.01")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="0..N-1; default: 3")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="side by side; default: cores")
+    parser.add_argument("--prefix", default="", metavar="WORDS", help="put before each command, such as 'nice -n 10'")
+    parser.add_argument("--tables", action="store_true", help="print the tables of what is finished, train nothing")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/compare/EXPERIMENT")
+    options, extra = parser.parse_known_args()
+    comparison = Comparison(options, extra)
+    if not options.tables:
+        # The decoders take turns, so that what is done at any moment is comparable.
+        comparison.train_all([Run(d, lr, 0) for lr in options.lrs for d in options.decoders], test=False)
+        tuned = [run for decoder in options.decoders if (run := comparison.tuned(decoder)) is not None]
+        comparison.train_all([run._replace(seed=s) for s in range(options.seeds) for run in tuned], test=True)
+    tables = comparison.tables()
+    print(f"\n{tables}")
+    comparison.out.mkdir(parents=True, exist_ok=True)
+    (comparison.out / "tables.md").write_text(tables + "\n")
+
+
+if __name__ == "__main__":
+    main()
