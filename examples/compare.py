@@ -140,7 +140,7 @@ class Comparison:
         )
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Tune, train, and print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--prefix", default="", metavar="WORDS", help="put before each command, such as 'nice -n 10'")
     parser.add_argument("--tables", action="store_true", help="print the tables of what is finished, train nothing")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/compare/EXPERIMENT")
-    options, extra = parser.parse_known_args()
+    options, extra = parser.parse_known_args(arguments)
     comparison = Comparison(options, extra)
     if not options.tables:
         # The decoders take turns, so that what is done at any moment is comparable.

@@ -195,7 +195,6 @@ def _train(
         "options": _plain(options),
         "step": 0,
         "seconds": 0.0,
-        "validations": 0,
         "running_loss": 0.0,  # sum since the last line of metrics
         "running_steps": 0,
         "best": None,
@@ -230,6 +229,7 @@ def _train(
             raise SystemExit(f"--batch-size {options.batch_size} is more than the training data")
     progress = Progress(options, None if loader is None else len(loader))
     batches = _batches(accelerator, splits, loader, state["step"])
+    validations = int(progress(state["step"], state["seconds"]) * options.validations + 1e-9)  # done before
     on_one_thread = accelerator.device.type == "cpu" and torch.get_num_threads() == 1 and options.workers == 0
     clock = time.process_time if on_one_thread else time.perf_counter
     chosen: Any = splits.validation
@@ -267,11 +267,10 @@ def _train(
                 time.monotonic() - saved > options.save_every,
                 interrupts.asked,
             )
-            validations = int(used * options.validations + 1e-9)
-            if validations > state["validations"]:
+            if int(used * options.validations + 1e-9) > validations:
+                validations = int(used * options.validations + 1e-9)
                 scores = evaluate(experiment, options, accelerator, model, validation)
                 wrapped.train()
-                state["validations"] = validations
                 steps, score = select(experiment, scores)
                 better = state["best"] is None or _is_better(experiment, score, state["best"]["score"])
                 if better:
@@ -286,7 +285,7 @@ def _train(
                 if better and main:
                     _save_best(state, model, out)
                 saved = time.monotonic()
-            elif due or stopped:
+            elif due or stopped or used >= 1:
                 save_last()
                 saved = time.monotonic()
             if used >= 1 or stopped:

@@ -1,0 +1,26 @@
+import json
+
+import pytest
+
+pytest.importorskip("accelerate")
+pytest.importorskip("sklearn")
+
+import compare
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+def test_learning_rates_are_tuned_on_validation_and_finished_runs_are_kept(tmp_path, capsys, monkeypatch):
+    arguments = ["mnist_sets", "--decoders", "mlp", "--lrs", "0.001", "0.01", "--seeds", "1", "--seconds", "0.2"]
+    arguments += ["--quick", "--validations", "2", "--out", str(tmp_path)]
+    compare.main(arguments)
+    results = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*/result.json")}
+    assert set(results) == {"mlp-lr0.001-seed0", "mlp-lr0.01-seed0"}
+    best = min(results, key=lambda name: results[name]["best"]["score"])
+    assert {name for name, result in results.items() if "test" in result} == {best}
+    table = (tmp_path / "tables.md").read_text()
+    assert f"{1000 * results[best]['test']['-']['chamfer']:.3f}" in table
+    capsys.readouterr()
+    monkeypatch.setattr(compare.subprocess, "run", lambda *_, **__: pytest.fail("a finished run was started again"))
+    compare.main(arguments)
+    assert table in capsys.readouterr().out

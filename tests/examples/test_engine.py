@@ -1,0 +1,250 @@
+import json
+import os
+import signal
+import types
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("accelerate")
+pytest.importorskip("matplotlib")
+
+from common.batches import Batch, InMemory, Splits
+from common.checkpoint import MetricsFile, load, save
+from common.engine import run
+from common.models import SetPredictor
+
+from setpred import MLPDecoder, SetPrediction, hungarian_loss
+
+SAMPLES, SIZE, CHANNELS = 40, 3, 2
+
+
+class Toy:
+    """Sets that a linear map of an image makes; an epoch has ten steps."""
+
+    name = "toy"
+    description = "A toy."
+    eval_steps = (10,)
+    lr = 0.01
+    selection = "hungarian"
+    largest = False
+
+    def __init__(self, after_step=None, stream=False):
+        self.after_step, self.stream, self.calls, self.drawn = after_step, stream, 0, 0
+
+    def add_arguments(self, parser):
+        parser.add_argument("--width", type=int, default=4)
+
+    def data(self, options):
+        generator = torch.Generator().manual_seed(7)
+        batch = Batch(
+            torch.rand(SAMPLES, SIZE, CHANNELS, generator=generator),
+            torch.rand(SAMPLES, SIZE, generator=generator) < 0.7,
+            torch.rand(SAMPLES, 3, 2, 2, generator=generator),
+        )
+        data = InMemory(batch)
+        train = types.SimpleNamespace(batch=self.stream_batch) if self.stream else data
+        return Splits(train, data.first(8), data.first(12))
+
+    def stream_batch(self, k, device):
+        generator = torch.Generator().manual_seed(k)
+        return Batch(
+            torch.rand(4, SIZE, CHANNELS, generator=generator), torch.ones(4, SIZE), torch.full((4, 12), (k % 9) / 9)
+        )
+
+    def build(self, options):
+        source = Source()
+        model = SetPredictor(source, MLPDecoder(12, SIZE, CHANNELS, options.width))
+
+        def loss(prediction: SetPrediction, batch: Batch, z: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            noise = torch.rand(())  # whoever resumes must go on in the same random sequence
+            value = hungarian_loss(prediction.elements, batch.elements, prediction.mask, batch.mask) * (1 + 0.1 * noise)
+            if self.after_step is not None:
+                value = self.after_step(self.calls, value)
+            return value
+
+        return model, loss
+
+    def score(self, predictions):
+        elements, mask, target, target_mask = predictions
+        return {"hungarian": hungarian_loss(elements, target, mask, target_mask).item()}
+
+    def source(self, options):
+        return "toy data"
+
+    def report(self, scores, options):
+        return str(scores)
+
+    def draw(self, model, batch, options):
+        self.drawn += 1
+
+
+class Source(nn.Module):
+    def forward(self, batch):
+        return batch.images.flatten(1)
+
+
+@pytest.fixture(autouse=True)
+def _as_a_script():
+    """In a script, a library's warning is no error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        threads = torch.get_num_threads()
+        yield
+        torch.set_num_threads(threads)
+
+
+def start(out, *arguments, experiment=None):
+    arguments = ["--decoder", "mlp", "--device", "cpu", "--batch-size", "4", "--out", str(out), *map(str, arguments)]
+    run(experiment or Toy(), arguments)
+    return json.loads((out / "result.json").read_text())
+
+
+def interrupt_at(step):
+    def after_step(calls, value):
+        if calls == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return value
+
+    return after_step
+
+
+def weights(out, name="last.pt"):
+    return torch.load(out / name, weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("step", [3, 10, 24])
+def test_ctrl_c_saves_and_a_resumed_run_ends_like_an_undisturbed_one(tmp_path, step, stream):
+    budget = ["--steps", 30, "--validations", 3]
+    expected = start(tmp_path / "a", *budget, experiment=Toy(stream=stream))
+    with pytest.raises(SystemExit) as left:
+        start(tmp_path / "b", *budget, experiment=Toy(interrupt_at(step), stream=stream))
+    assert left.value.code == 130
+    assert load(tmp_path / "b/last.pt")["step"] == step
+    found = start(tmp_path / "b", *budget, "--resume", experiment=Toy(stream=stream))
+    assert {**found, "seconds": 0} == {**expected, "seconds": 0}
+    torch.testing.assert_close(weights(tmp_path / "b"), weights(tmp_path / "a"), rtol=0, atol=0)
+
+
+def test_best_checkpoint_is_the_one_with_the_best_validation_score(tmp_path):
+    result = start(tmp_path, "--steps", 60, "--validations", 6, "--lr", 0.3)
+    lines = [line for line in MetricsFile(tmp_path / "metrics.jsonl").read() if "validation" in line]
+    assert [line["step"] for line in lines] == [10, 20, 30, 40, 50, 60]
+    best = min(lines, key=lambda line: line["validation"]["-"]["hungarian"])
+    assert (result["step"], result["best"]["validation"]) == (best["step"], best["validation"])
+    assert load(tmp_path / "best.pt")["step"] == best["step"]
+
+
+def test_best_checkpoint_is_written_again_if_the_kill_came_before_it(tmp_path):
+    budget = ["--steps", 20, "--validations", 1]
+    start(tmp_path, *budget)
+    last = load(tmp_path / "last.pt")
+    assert last["best"]["step"] == last["step"] == 20
+    (tmp_path / "best.pt").unlink()
+    start(tmp_path, *budget, "--resume")
+    torch.testing.assert_close(weights(tmp_path, "best.pt"), weights(tmp_path), rtol=0, atol=0)
+
+
+def test_run_leaves_its_configuration_metrics_and_pictures(tmp_path):
+    experiment = Toy()
+    result = start(tmp_path, "--epochs", 2, "--seed", 3, "--validations", 2, experiment=experiment)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["options"]["seed"] == 3
+    assert config["versions"]["torch"] == torch.__version__
+    assert load(tmp_path / "last.pt")["step"] == 20  # two epochs of ten steps
+    assert set(result["test"]["-"]) == {"hungarian"}
+    assert experiment.drawn == 1
+    assert (tmp_path / "curves.png").stat().st_size > 5_000
+
+
+def test_no_test_leaves_the_test_split_alone(tmp_path):
+    experiment = Toy()
+    assert "test" not in start(tmp_path, "--steps", 2, "--no-test", experiment=experiment)
+    assert experiment.drawn == 0
+
+
+def test_evaluate_gives_the_figures_of_the_training_run(tmp_path):
+    trained = start(tmp_path / "a", "--steps", 5, "--width", 6)
+    run(Toy(), ["--evaluate", str(tmp_path / "a/best.pt"), "--device", "cpu", "--out", str(tmp_path / "b")])
+    assert json.loads((tmp_path / "b/result.json").read_text()) == trained
+
+
+def test_budget_in_seconds_ends(tmp_path):
+    start(tmp_path, "--seconds", 0.05, "--threads", 1, "--schedule", "cosine", "--validations", 2)
+    assert load(tmp_path / "last.pt")["seconds"] >= 0.05
+    assert len([line for line in MetricsFile(tmp_path / "metrics.jsonl").read() if "validation" in line]) == 2
+
+
+def test_existing_run_is_not_written_over(tmp_path):
+    start(tmp_path, "--steps", 2)
+    with pytest.raises(SystemExit, match="holds a run already"):
+        start(tmp_path, "--steps", 2)
+
+
+def test_resuming_with_other_options_is_an_error(tmp_path):
+    start(tmp_path, "--steps", 2)
+    with pytest.raises(SystemExit, match=r"--lr 0.01 \(now 0.02\)"):
+        start(tmp_path, "--steps", 2, "--resume", "--lr", 0.02)
+
+
+def test_budget_may_grow_when_resumed(tmp_path):
+    start(tmp_path / "a", "--steps", 10)
+    start(tmp_path / "a", "--steps", 20, "--resume")
+    start(tmp_path / "b", "--steps", 20)
+    torch.testing.assert_close(weights(tmp_path / "a"), weights(tmp_path / "b"), rtol=0, atol=0)
+
+
+def test_loss_that_is_not_finite_ends_the_run(tmp_path):
+    with pytest.raises(SystemExit, match="the loss is nan at step 20: try a smaller --lr"):
+        start(tmp_path, "--steps", 60, experiment=Toy(lambda calls, value: value * torch.nan if calls == 20 else value))
+
+
+def test_checkpoint_of_another_experiment_is_an_error(tmp_path):
+    save(tmp_path / "best.pt", {"experiment": "other"})
+    with pytest.raises(SystemExit, match="is of other, not toy"):
+        run(Toy(), ["--evaluate", str(tmp_path / "best.pt")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "--steps must be positive, got 0"),
+        (["--steps", "1", "--seconds", "1"], "not allowed with"),
+        (["--inner-lr", "1"], "--inner-lr has no meaning with --decoder mlp"),
+        (["--eval-steps", "0", "10"], "--eval-steps must be at least 1"),
+        (["--evaluate", "nowhere.pt"], "there is no file nowhere.pt"),
+        (["--batch-size", "41", "--steps", "1"], "--batch-size 41 is more than the training data"),
+    ],
+)
+def test_bad_command_lines(tmp_path, arguments, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        start(tmp_path, *arguments)
+    assert message in f"{error.value} {capsys.readouterr().err}"
+
+
+def test_metrics_of_a_killed_run_are_read_without_the_broken_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    metrics = MetricsFile(path)
+    assert [line["step"] for line in metrics.read()] == [1, 2, 3]
+    metrics.rewind(2)
+    metrics.append({"step": 3, "again": True})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "again": true}\n'
+
+
+def test_checkpoint_is_never_half_written(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    save(path, {"step": 1})
+
+    def die(state, file):
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        save(path, {"step": 2})
+    assert load(path) == {"step": 1}
