@@ -1,0 +1,217 @@
+"""Exports: what ONNX Runtime and `torch.export` compute is what the model computes, at every batch size."""
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from setpred import DSPNDecoder, LSTMDecoder, MLPDecoder, PooledEncoder, RelationEncoder, SetPrediction
+from setpred.export import to_onnx, to_program
+
+BATCHES = [1, 2, 7]  # the example has 3
+
+
+class Detector(nn.Module):
+    """A convolutional backbone and a decoder; also returns the vector."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(
+            nn.Conv2d(3, 4, 3, stride=2),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(16, 16),
+        )
+        self.decoder = decoder
+
+    def forward(self, image: Tensor) -> tuple[Tensor, SetPrediction]:
+        z = self.backbone(image)
+        return z, self.decoder(z)
+
+
+def decoder(recipe: str, make_encoder: type[nn.Module] = PooledEncoder, **options: object) -> DSPNDecoder:
+    # Values are compared: no rows so nearly equal that rounding ranks them.
+    settings = {"iters": 2, "lr": 1.0, "set_size": 5, "channels": 2} | options
+    return getattr(DSPNDecoder, recipe)(make_encoder(2, 16, 16), **settings).eval()
+
+
+def flat(result: Tensor | tuple) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    return [tensor for part in result if part is not None for tensor in flat(part)]
+
+
+def assert_equal(model: nn.Module, run: Callable[[Tensor], list], *shape: int) -> None:
+    for size in BATCHES:
+        x = torch.randn(size, *shape)
+        with torch.no_grad():
+            expected = flat(model(x))
+        actual = run(x)
+        assert len(actual) == len(expected)
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(torch.as_tensor(a), e, rtol=1e-5, atol=1e-6)
+
+
+def in_onnx_runtime(path: Path) -> Callable[[Tensor], list]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: session.run(None, {name: x.numpy()})
+
+
+@pytest.mark.parametrize("recipe", ["paper", "idspn"])
+@pytest.mark.parametrize("make_encoder", [PooledEncoder, RelationEncoder])
+def test_onnx_runtime(make_encoder: type[nn.Module], recipe: str, tmp_path: Path) -> None:
+    model = decoder(recipe, make_encoder)
+    to_onnx(model, torch.randn(3, 16), tmp_path / "model.onnx")
+    assert_equal(model, in_onnx_runtime(tmp_path / "model.onnx"), 16)
+
+
+def test_onnx_runtime_of_a_network_without_masks(tmp_path: Path) -> None:
+    model = Detector(decoder("paper", mask_clamp=None)).eval()
+    model.backbone[1].running_mean.uniform_()  # a buffer
+    program = to_onnx(model, torch.randn(1, 3, 9, 9), tmp_path / "model.onnx")
+    assert [x.name for x in program.model.graph.inputs] == ["image"]
+    assert [x.name for x in program.model.graph.outputs] == ["output_0", "output_1_elements", "output_1_mask"]
+    assert_equal(model, in_onnx_runtime(tmp_path / "model.onnx"), 3, 9, 9)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tol": 0.05},
+        {"project": lambda elements, mask: (elements.clamp(0, 0.5), mask)},
+        {"differentiate": "unrolled", "repr_loss": "huber", "grad_clip": 0.01},
+        {"init": nn.Sequential(nn.Linear(16, 10), nn.Unflatten(1, (5, 2)))},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_program(options: dict[str, object]) -> None:
+    model = decoder("idspn", **options)
+    assert_equal(model, to_program(model, torch.randn(3, 16)).module(), 16)
+
+
+def test_program_of_encoders_that_need_other_ways() -> None:
+    """Attention; a pool by `max`; `len(x)`; a hook, which takes the way over `torch.autograd.grad`."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.TransformerEncoderLayer(2, 1, 8, batch_first=True)
+            self.pooled = PooledEncoder(2, 16, 16, pool="max")
+            self.pooled.register_full_backward_hook(lambda *_: None)
+
+        def forward(self, elements: Tensor, mask: Tensor | None) -> Tensor:
+            return self.pooled(self.attention(elements).reshape(len(elements), -1, 2), mask)
+
+    model = DSPNDecoder(Encoder(), iters=2, lr=1.0, set_size=5, channels=2).eval()
+    assert_equal(model, to_program(model, torch.randn(3, 16)).module(), 16)
+
+
+@pytest.mark.parametrize("baseline", [MLPDecoder, LSTMDecoder])
+def test_program_of_the_baselines(baseline: type[nn.Module]) -> None:
+    model = baseline(16, 5, 2, 8).eval()
+    assert_equal(model, to_program(model, torch.randn(3, 16)).module(), 16)
+
+
+def test_several_inputs_and_a_trajectory() -> None:
+    class Conditioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = decoder("paper")
+
+        def forward(self, z: Tensor, *starts: Tensor) -> dict[str, object]:
+            return {"sets": self.decoder(z, init=starts, record=True)}
+
+    model = Conditioned().eval()
+    example = (torch.randn(3, 16), torch.rand(3, 5, 2), torch.rand(3, 5))
+    program = to_program(model, example)
+    inputs = (torch.randn(6, 16), torch.rand(6, 5, 2), torch.rand(6, 5))
+    for a, e in zip(program.module()(*inputs), flat(model(*inputs)["sets"]), strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_a_saved_program_is_the_same_and_has_the_models_parameters() -> None:
+    model = decoder("paper")
+    program = to_program(model, torch.randn(3, 16))
+    assert program.state_dict.keys() == model.state_dict().keys()
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    z = torch.randn(4, 16)
+    for a, e in zip(torch.export.load(file).module()(z), program.module()(z), strict=True):
+        assert torch.equal(a, e)
+
+
+def test_exporting_leaves_model_and_modes_alone() -> None:
+    model = decoder("idspn")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    built_in = len
+    to_program(model, torch.randn(3, 16))
+    assert len is built_in
+    assert torch.is_grad_enabled()
+    assert not torch.compiler.is_exporting()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Returning(nn.Module):
+    def __init__(self, function: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> object:
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (lambda x: x.sum(1) if x.shape[0] > 2 else x.mean(1), r"B.*2"),
+        (lambda x: x / int(x.shape[0]), r"B = 6"),
+        (lambda x: torch.stack([x[i] for i in range(len(x))]), r"B = 6"),
+    ],
+    ids=["branch", "int", "range"],
+)
+def test_refuses_what_depends_on_the_batch_size(function: Callable[[Tensor], object], found: str) -> None:
+    with pytest.raises(ValueError, match=rf"`model` must compute the same for every batch size.*{found}"):
+        to_program(Returning(function).eval(), torch.randn(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "error", "match"),
+    [
+        (torch.sin, torch.randn(3), TypeError, "`model` must be a module"),
+        (nn.Dropout(), torch.randn(3), ValueError, r"`model` must be in evaluation mode.*`model.eval\(\)`"),
+        (nn.ReLU().eval(), np.ones(3), TypeError, "`example` must be a tensor or a tuple of tensors"),
+        (nn.ReLU().eval(), (), TypeError, "`example` must be a tensor or a tuple of tensors"),
+        (nn.ReLU().eval(), torch.randn(0, 4), ValueError, r"`example` must have one batch size.*\(0, 4\)"),
+        (nn.ReLU().eval(), torch.tensor(1.0), ValueError, r"`example` must have one batch size.*\(\)"),
+        (nn.Bilinear(2, 2, 2).eval(), (torch.ones(3, 2), torch.ones(4, 2)), ValueError, r"\(3, 2\), \(4, 2\)"),
+        (Returning(lambda x: (x, "a")).eval(), torch.ones(3), TypeError, "`model` must return tensors.*'a'"),
+    ],
+)
+def test_errors(model: object, example: object, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        to_program(model, example)
+
+
+def test_without_the_onnx_packages() -> None:
+    """The module imports, and the call says what to install."""
+    code = (
+        "import sys; sys.modules['onnx'] = sys.modules['onnxscript'] = None\n"
+        "import torch, setpred.export\n"
+        "try: setpred.export.to_onnx(torch.nn.ReLU().eval(), torch.ones(2))\n"
+        "except ImportError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'setpred[export]'" in done.stdout
