@@ -60,9 +60,9 @@ class PooledEncoder(EncoderBase):
         self.reset_parameters()
 
     def _rows(self, x: Tensor) -> Tensor:
-        # One product a sample, (out, in) x (in, N): a sample's rounding is the same in every batch, where one product for
-        # all of them would give it by where its columns fall in BLAS's blocks, and a last digit can decide which of two
-        # nearly equal rows FSPool ranks first. Rows of whole 16 bytes, because rounding goes by alignment too.
+        # One product a sample, (out, in) x (in, N): faster than one for all, whose rows lie far apart, and a sample's
+        # rounding is the same in every batch, where a last digit can decide which of two nearly equal rows FSPool ranks
+        # first. Rows of whole 16 bytes, because rounding goes by alignment too.
         size = x.shape[1]
         x = F.pad(x, (0, 0, 0, -size % 4)).mT.contiguous()
         *hidden, last = self.layers
