@@ -65,6 +65,8 @@ class DSPNDecoder(nn.Module):
             ``"implicit"``, in the memory and time of one step's backward, through the last gradient alone. Implicit,
             :math:`Y_0` receives a gradient only through ``anchor``: without it, a learned :math:`Y_0` stays as it was
             drawn (and does not require a gradient).
+        checkpoint: Whether ``"unrolled"`` keeps only the sets and computes each step again in the backward pass: the
+            same gradients in the memory of one step, for more time. Does not compile.
         init: :math:`Y_0`: ``"learned"`` (one parameter, uniform in [0, 1]), ``"random"`` (0.1 times standard normal,
             drawn at each call), or a module from z to elements ``(B, N, C)``, or to elements and mask ``(B, N)``. Masks
             start at 0.5 unless the module gives them. Other sets than the learned one are carried in the dtype of the
@@ -106,6 +108,7 @@ class DSPNDecoder(nn.Module):
         project: Project | None = None,
         tol: float | None = None,
         differentiate: Literal["unrolled", "implicit"] = "unrolled",
+        checkpoint: bool = False,
         init: Literal["learned", "random"] | nn.Module = "learned",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -126,6 +129,8 @@ class DSPNDecoder(nn.Module):
             check_at_least("tol", tol, -math.inf)
         check_choice("repr_loss", repr_loss, KINDS)
         check_choice("differentiate", differentiate, ("unrolled", "implicit"))
+        if checkpoint and differentiate == "implicit":
+            raise ValueError("`checkpoint` must be False when `differentiate` is 'implicit', which keeps but one step")
         if not isinstance(init, nn.Module):
             check_choice("init", init, ("learned", "random"))
         self.encoder = encoder
@@ -135,6 +140,7 @@ class DSPNDecoder(nn.Module):
         self.repr_loss: Kind = repr_loss
         self.anchor, self.grad_clip, self.project, self.tol = anchor, grad_clip, project, tol
         self.differentiate: Literal["unrolled", "implicit"] = differentiate
+        self.checkpoint = checkpoint
         self.init = init
         if init == "learned":
             self.initial_elements = nn.Parameter(
@@ -316,6 +322,7 @@ class DSPNDecoder(nn.Module):
                 project=None if self.mask_clamp is None and self.project is None else project,
                 tol=self.tol,
                 differentiate=self.differentiate,
+                checkpoint=self.checkpoint,
                 record=record,
                 gradient="autograd" if _needs_autograd(self.encoder) else "func",
             )
@@ -329,7 +336,8 @@ class DSPNDecoder(nn.Module):
             f"iters={self.iters}, lr={self.lr}, mask_clamp={self.mask_clamp}, set_size={self.set_size}, "
             f"channels={self.channels}, momentum={self.momentum}, nesterov={self.nesterov}, "
             f"repr_loss={self.repr_loss!r}, anchor={self.anchor}, grad_clip={self.grad_clip}, tol={self.tol}, "
-            f"differentiate={self.differentiate!r}" + (f", init={self.init!r}" if isinstance(self.init, str) else "")
+            f"differentiate={self.differentiate!r}, checkpoint={self.checkpoint}"
+            + (f", init={self.init!r}" if isinstance(self.init, str) else "")
         )
 
 

@@ -64,4 +64,4 @@ class RelationEncoder(EncoderBase):
         weight = F.pad(torch.cat(self.pair.weight.chunk(2, dim=1)), padding).expand(len(x), -1, -1)
         left, right = torch.bmm(weight, x.mT).transpose(0, 1).contiguous().chunk(2)
         left = left + self.pair.bias.view(-1, 1, 1)
-        return linear(self.out, F.relu(left.unsqueeze(-1) + right.unsqueeze(-2)).flatten(2))
+        return linear(self.out, F.relu(left.unsqueeze(-1) + right.unsqueeze(-2), inplace=True).flatten(2))

@@ -31,8 +31,8 @@ def _argsort_float32(values: Tensor) -> Tensor:
     # As integers, floats of either sign are ordered once the negative ones' magnitude is flipped. With the index in the
     # low half of a 64-bit key, a sort without payload is a stable argsort. Adding 0 makes -0 equal to 0.
     bits = (values + 0.0).view(torch.int32)
-    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    key = ascending.bitwise_not().to(torch.int64, memory_format=torch.contiguous_format).bitwise_left_shift_(32)
+    descending = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).bitwise_not_()
+    key = descending.to(torch.int64, memory_format=torch.contiguous_format).bitwise_left_shift_(32)
     key.bitwise_or_(torch.arange(values.shape[-1]))
     key.numpy().sort(axis=-1)
     return key.bitwise_and_(0xFFFFFFFF)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from setpred._checks import check_at_least, check_choice, check_count, check_positive, check_tensor
+from setpred.functional._recompute import Recompute
 
 Y = TypeVar("Y", Tensor, tuple[Tensor, ...])
 _Tensors = tuple[Tensor, ...]
@@ -107,6 +108,7 @@ def descend(
     project: Callable[[Y], Y] | None = None,
     tol: float | None = None,
     differentiate: Literal["unrolled", "implicit"] = "unrolled",
+    checkpoint: bool = False,
     record: bool = False,
     gradient: Literal["func", "autograd"] = "func",
 ) -> Descent[Y]:
@@ -142,6 +144,8 @@ def descend(
         tol: A sample whose objective is at most this stays as it is from then on. In eager mode the loop
             ends when all do, which waits for the device once a step.
         differentiate: ``"unrolled"`` or ``"implicit"``.
+        checkpoint: With ``"unrolled"``, whether to keep only the points and to compute each step again in the outer
+            backward pass: the same gradients in the memory of one step. Uses ``gradient="autograd"`` then.
         record: Whether to keep all points, objectives and gradient norms; ``"implicit"`` keeps them detached.
         gradient: ``"func"`` takes inner gradients by ``torch.func.grad``, which compiles and works in
             ``inference_mode``; ``"autograd"`` by ``torch.autograd.grad``, for objectives that change
@@ -175,6 +179,11 @@ def descend(
         check_positive("grad_clip", grad_clip)
     if tol is not None:
         check_at_least("tol", tol, -math.inf)
+    if checkpoint and differentiate == "implicit":
+        raise ValueError("`checkpoint` must be False when `differentiate` is 'implicit', which keeps but one step")
+    checkpoint = checkpoint and torch.is_grad_enabled()
+    if checkpoint:  # hooks on saved tensors do the recomputation, and torch.func.grad refuses them
+        gradient = "autograd"
     if gradient == "autograd" and torch.is_inference_mode_enabled():
         raise RuntimeError(
             "`gradient='autograd'` cannot run under torch.inference_mode(): use torch.no_grad(). A decoder falls back "
@@ -225,16 +234,20 @@ def descend(
             points.append(y)
             seen.append(at)
 
+    def step(y: _Tensors, velocity: _Tensors | None) -> tuple[_Tensors, _Tensors | None, _Gradient]:
+        at = gradient_at(y)
+        return *advanced(y, velocity, at), at
+
     def run(y: _Tensors, steps: int) -> tuple[_Tensors, _Tensors | None]:
-        velocity = None
-        for step in range(steps):
-            at = gradient_at(y)
+        velocity: _Tensors | None = None
+        take = Recompute(step) if checkpoint else step
+        for done in range(1, steps + 1):
+            y, velocity, at = take(y, velocity)
+            keep(y, at)
             if tol is not None and not torch.compiler.is_compiling() and bool((at.loss <= tol).all()):
-                for _ in range(step, steps):
+                for _ in range(done, steps):
                     keep(y, at)
                 break
-            y, velocity = advanced(y, velocity, at)
-            keep(y, at)
         return y, velocity
 
     if differentiate == "unrolled" or not torch.is_grad_enabled():

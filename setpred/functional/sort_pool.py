@@ -91,7 +91,7 @@ def _element_weights(weight: Tensor, permutation: Tensor, mask: Tensor | None) -
     order = permutation.permute(2, 0, 1)
     ranked = None if mask is None else mask.expand_as(order).gather(-1, order)
     rank_weights = _rank_weights(weight, order.shape[-1], ranked)
-    return rank_weights.new_zeros(order.shape).scatter(-1, order, rank_weights.expand_as(order))
+    return rank_weights.new_empty(order.shape).scatter_(-1, order, rank_weights.expand_as(order))
 
 
 def sort_pool(

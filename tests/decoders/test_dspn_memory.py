@@ -51,6 +51,13 @@ def test_of_an_unrolled_training_step_grows_in_proportion() -> None:
     assert many > 3 * few
 
 
+def test_of_a_checkpointed_training_step_grows_by_the_sets_alone() -> None:
+    few, many = (peak_bytes(training_step(iters, checkpoint=True)) for iters in (10, 40))
+    step = 4 * 8 * 50 * 3  # float32 elements and masks of a batch
+    assert many - few < 3 * 30 * step  # kept, stacked, and their gradient
+    assert many < peak_bytes(training_step(10)) / 4
+
+
 def test_of_inference_does_not_grow() -> None:
     few, many = (peak_bytes(inference(iters)) for iters in (10, 40))
     assert many < 1.05 * few
