@@ -236,7 +236,8 @@ def descend(
 
     def step(y: _Tensors, velocity: _Tensors | None) -> tuple[_Tensors, _Tensors | None, _Gradient]:
         at = gradient_at(y)
-        return *advanced(y, velocity, at), at
+        y, velocity = advanced(y, velocity, at)
+        return y, velocity, at
 
     def run(y: _Tensors, steps: int) -> tuple[_Tensors, _Tensors | None]:
         velocity: _Tensors | None = None
