@@ -1,0 +1,313 @@
+"""The table of docs/performance.md: python -m tests.benchmarks [--json FILE] [--plot FILE] [--only TEXT].
+
+Every row is a piece of work beside a reference for it. Both run in turn, round after round, so that whatever slows the
+machine slows both; the ratio is that of the reference's time to ours, taken within each round.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from setpred import (
+    ChamferLoss,
+    DSPNDecoder,
+    FSPool,
+    HungarianLoss,
+    LSTMDecoder,
+    MLPDecoder,
+    PooledEncoder,
+    RelationEncoder,
+)
+from setpred.functional import argsort_descending
+from tests import oracles
+from tests.benchmarks.test_losses import huber_by_broadcasting
+from tests.benchmarks.test_steps import BATCH, LAYERS, Clevr, Mnist, infer
+
+Function = Callable[[], object]
+
+# (name, ours, name of the reference, reference)
+Row = tuple[str, Function, str, Function]
+
+
+def products(work: str, inner: int, double: int, encodings: int) -> Function:
+    """Bare `torch.mm` of the shapes in an encoder's layers.
+
+    An inner step is a product forward and one back to its input. Where it is differentiated there are four more, two
+    of them for the weights. Encoding a set and differentiating that is three.
+    """
+    operands = [
+        (torch.randn(out, inn), torch.randn(inn, columns), torch.randn(out, columns))
+        for out, inn, columns in LAYERS[work]
+    ]
+
+    def run() -> None:
+        for weight, x, grad in operands:
+            for _ in range(inner + double + encodings):
+                torch.mm(weight, x)
+                torch.mm(weight.t(), grad)
+            for _ in range(2 * double + encodings):
+                torch.mm(grad, x.t())
+
+    return run
+
+
+def steps() -> Iterator[Row]:
+    """The paper's two shapes, 10 inner steps, batch of 32."""
+    for work in (Clevr, Mnist):
+        name, title, what = work.__name__, work.__name__.upper(), "matrix products alone"
+        yield f"{title}: training, unrolled", work("unrolled").train, what, products(name, 10, 10, 1)
+        yield f"{title}: training, implicit", work("implicit").train, what, products(name, 10, 1, 1)
+        yield f"{title}: inference", infer(work("unrolled")), what, products(name, 10, 0, 0)
+        kept, again = work("unrolled"), work("unrolled")
+        again.decoder.checkpoint = True
+        yield f"{title}: training, unrolled, checkpoint=True", again.train, "unrolled, all kept", kept.train
+
+
+def forward_backward(module: torch.nn.Module, *inputs: torch.Tensor) -> Function:
+    def run() -> None:
+        out = module(*inputs)
+        (out if isinstance(out, torch.Tensor) else out.elements).sum().backward()
+
+    return run
+
+
+def layers() -> Iterator[Row]:
+    """Forward and backward of each layer, batch of 32; the oracles are the formulas written literally."""
+    x = torch.rand(BATCH, 100, 64, requires_grad=True)
+    fspool = FSPool(64)
+    yield (
+        "FSPool, 100 x 64",
+        forward_backward(fspool, x),
+        "torch.sort and its backward alone",
+        lambda: torch.sort(x, dim=1, descending=True, stable=True).values.sum().backward(),
+    )
+    few = torch.rand(4, 20, 8, requires_grad=True)
+    small = FSPool(8)
+    yield (
+        "FSPool, 4 sets of 20 x 8",
+        forward_backward(small, few),
+        "tests/oracles.py",
+        lambda: oracles.sort_pool(few, small.weight).sum().backward(),
+    )
+    values = torch.randn(512, BATCH, 100)
+    yield (
+        "argsort, 512 x 32 rows of 100",
+        lambda: argsort_descending(values),
+        "torch.sort",
+        lambda: torch.sort(values, descending=True, stable=True),
+    )
+    for title, encoder, size, channels in (
+        ("RelationEncoder(18, 512, 512), 10 x 18", RelationEncoder(18, 512, 512), 10, 18),
+        ("PooledEncoder(2, 64, 256), 342 x 2", PooledEncoder(2, 64, 256), 342, 2),
+    ):
+        sets = torch.rand(BATCH, size, channels, requires_grad=True)
+        work = "Clevr" if size == 10 else "Mnist"
+        yield title, forward_backward(encoder, sets), "matrix products alone", products(work, 0, 0, 1)
+    z = torch.randn(BATCH, 512)
+    for decoder in (MLPDecoder(512, 10, 18), LSTMDecoder(512, 10, 18)):
+        yield (
+            f"{type(decoder).__name__}, 10 x 18",
+            forward_backward(decoder, z),
+            "DSPN unrolled, the same shapes",
+            Clevr("unrolled").train,
+        )
+
+
+def losses() -> Iterator[Row]:
+    """Forward and backward of the set losses."""
+    pred, mask = torch.rand(BATCH, 10, 18, requires_grad=True), torch.rand(BATCH, 10, requires_grad=True)
+    target, target_mask = torch.rand(BATCH, 10, 18), torch.rand(BATCH, 10) < 0.6
+    both = torch.cat([pred, mask.unsqueeze(-1)], -1).detach().requires_grad_()
+    other = torch.cat([target, target_mask.unsqueeze(-1)], -1)
+
+    def by_loop() -> None:
+        cost = huber_by_broadcasting(both, other)
+        for matrix in cost.detach().numpy():
+            linear_sum_assignment(matrix)
+        cost.mean().backward()
+
+    hungarian = HungarianLoss()
+    yield (
+        "Hungarian, 32 x 10 x 19",
+        lambda: hungarian(pred, target, mask, target_mask).backward(),
+        "SciPy in a loop + pairwise costs",
+        by_loop,
+    )
+    points, others = torch.rand(352, 342, 3, requires_grad=True), torch.rand(352, 342, 3)
+
+    def by_broadcasting() -> None:
+        cost = huber_by_broadcasting(points, others)
+        (cost.min(-1).values.mean(-1) + cost.min(-2).values.mean(-1)).mean().backward()
+
+    chamfer = ChamferLoss(presence="none")
+    yield "Chamfer, 352 x 342 x 3", lambda: chamfer(points, others).backward(), "all pairs at once", by_broadcasting
+
+
+def seconds(function: Function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def measure(row: Row, budget: float) -> dict[str, Any]:
+    """Median and 10 % to 90 % quantiles over interleaved rounds, as many as fit the budget of seconds, 5 to 200."""
+    title, ours, name, reference = row
+    ours(), reference()
+    once = seconds(ours) + seconds(reference)
+    rounds = int(min(max(budget / once, 5), 200))
+    mine, theirs = np.array([(seconds(ours), seconds(reference)) for _ in range(rounds)]).T
+    ratio = np.quantile(theirs / mine, [0.1, 0.5, 0.9])
+    return {
+        "work": title,
+        "beside": name,
+        "ms": [round(1e3 * q, 3) for q in np.quantile(mine, [0.1, 0.5, 0.9])],
+        "beside_ms": round(1e3 * float(np.median(theirs)), 3),
+        "ratio": [round(q, 2) for q in ratio],
+        "rounds": rounds,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    yield "| work | ms (10 % to 90 %) | beside | ms | ratio (10 % to 90 %) |"
+    yield "|---|---|---|---|---|"
+    for row in rows:
+        low, middle, high = row["ms"]
+        ratios = row["ratio"]
+        yield (
+            f"| {row['work']} | {middle:.4g} ({low:.4g} to {high:.4g}) | {row['beside']} | {row['beside_ms']:.4g} "
+            f"| {ratios[1]:.2f} ({ratios[0]:.2f} to {ratios[2]:.2f}) |"
+        )
+
+
+SCALING = {
+    "batch": [8, 16, 32, 64, 128, 256],
+    "set size": [16, 32, 64, 128, 256, 512],
+    "inner steps": [5, 10, 20, 40, 80],
+}
+
+
+def scaling(rounds: int = 5) -> Iterator[dict[str, Any]]:
+    """Time of a decoder against one size, the others fixed at 32 sets of 64 points and 10 steps, and log-log slope.
+
+    The slope is that of the upper half of the sizes: below it, the fixed cost of calling PyTorch shows.
+    """
+    for axis, sizes in SCALING.items():
+        runs: dict[tuple[str, int], Function] = {}
+        for size in sizes:
+            given = {"batch": 32, "set size": 64, "inner steps": 10} | {axis: size}
+            for mode in ("unrolled", "implicit", "inference"):
+                decoder = DSPNDecoder(
+                    PooledEncoder(2, 64, 128),
+                    given["inner steps"],
+                    set_size=given["set size"],
+                    channels=2,
+                    differentiate="implicit" if mode == "implicit" else "unrolled",
+                )
+                z = torch.randn(given["batch"], 64)
+
+                def train(decoder: DSPNDecoder = decoder, z: torch.Tensor = z) -> None:
+                    decoder(z, record=False).elements.square().sum().backward()
+
+                def decode(decoder: DSPNDecoder = decoder, z: torch.Tensor = z) -> None:
+                    with torch.inference_mode():
+                        decoder(z, record=False)
+
+                runs[mode, size] = decode if mode == "inference" else train
+        for run in runs.values():
+            run()
+        times: dict[tuple[str, int], list[float]] = {key: [] for key in runs}
+        for _ in range(rounds):
+            for key, run in runs.items():
+                times[key].append(seconds(run))
+        for mode in ("unrolled", "implicit", "inference"):
+            median = [float(np.median(times[mode, size])) for size in sizes]
+            upper = len(sizes) // 2
+            slope = np.polyfit(np.log(sizes[upper:]), np.log(median[upper:]), 1)[0]
+            yield {
+                "axis": axis,
+                "mode": mode,
+                "sizes": sizes,
+                "ms": [1e3 * t for t in median],
+                "slope": round(slope, 2),
+            }
+
+
+def plot(lines: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(SCALING), figsize=(10.5, 3.4), sharey=True, layout="constrained")
+    for panel, axis in zip(axes, SCALING, strict=True):
+        for line in (line for line in lines if line["axis"] == axis):
+            panel.loglog(line["sizes"], line["ms"], "o-", label=f"{line['mode']}: slope {line['slope']:.2f}", base=2)
+            panel.set_xticks(line["sizes"])
+        panel.set_xlabel(axis)
+        panel.xaxis.set_major_formatter("{x:.0f}")
+        panel.yaxis.set_major_formatter("{x:.0f}")
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False, fontsize="small")
+    axes[0].set_ylabel("ms")
+    figure.savefig(path, dpi=150)
+
+
+def machine() -> dict[str, Any]:
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "commit": commit.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", type=Path, help="write everything measured, to compare commits")
+    parser.add_argument("--plot", type=Path, help="write the picture of how time grows with batch, set size and steps")
+    parser.add_argument("--only", default="", help="measure only rows with this text in their title")
+    parser.add_argument("--seconds", type=float, default=10, help="about how long to measure a row")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(os.cpu_count() or 1)
+    result: dict[str, Any] = {"machine": machine()}
+    print(", ".join(f"{key} {value}" for key, value in machine().items()), end="\n\n")
+    rows = [
+        measure(row, arguments.seconds)
+        for family in (steps, layers, losses)
+        for row in family()
+        if arguments.only.lower() in row[0].lower()
+    ]
+    print("\n".join(table(rows)))
+    result["rows"] = rows
+    if not arguments.only:
+        lines = list(scaling())
+        print("\n| time against | mode | slope, log-log |\n|---|---|---|")
+        for line in lines:
+            print(f"| {line['axis']} | {line['mode']} | {line['slope']} |")
+        result["scaling"] = lines
+        if arguments.plot:
+            plot(lines, arguments.plot)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
