@@ -1,9 +1,17 @@
-"""Rendered scenes like CLEVR's, with known truth: batched ray casting in plain PyTorch, on any device. They are not CLEVR."""
+"""Rendered scenes, not CLEVR: like it, with known truth, by batched ray casting in plain PyTorch on any device."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from common.scene_geometry import bounding_boxes
+from common.scene_layout import Layout, draw_layouts
+from common.scene_shading import render
+
+# Rays cast at once. On a CPU, what belongs to them should stay in its caches.
+RAYS = {"cpu": 2**16, "cuda": 2**24}
 
 # The one-hot parts of a state in their order, as published; they follow the three coordinates.
 ATTRIBUTES = {
@@ -32,7 +40,12 @@ def render_scenes(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Scenes:
-    """Draw scenes as CLEVR's generator does and render them.
+    """Draw scenes as CLEVR's generator does, and render them.
+
+    The generator gives one number a scene, and the scene is a function of that number alone: it does not depend on
+    the batch, and two batches of 8 are a batch of 16. On another device it is the same scene up to rounding, if the
+    generator is the same. Boxes are the exact extents of the whole objects, hidden parts included, clipped to the
+    image.
 
     Args:
         batch: Number of scenes B.
@@ -42,4 +55,19 @@ def render_scenes(
         generator: Source of all random numbers; None is PyTorch's default generator of `device`.
         device: Where to render; None is the device of `generator`, or the default device.
     """
-    raise NotImplementedError
+    if not 1 <= objects[0] <= objects[1] <= max_objects:
+        raise ValueError(f"objects: expected 1 <= least <= greatest <= max_objects ({max_objects}), got {objects}")
+    if batch < 1 or size < 1:
+        raise ValueError(f"batch and size: expected at least 1, got {batch} and {size}")
+    source = device if generator is None else generator.device
+    seeds = torch.randint(2**63 - 1, (batch,), generator=generator, device=source).to(device)
+    chunk = max(1, RAYS.get(seeds.device.type, RAYS["cuda"]) // (2 * size) ** 2)
+    layout = draw_layouts(seeds, objects, max_objects)
+    images = torch.cat([render(Layout(*part), size) for part in zip(*(x.split(chunk) for x in layout), strict=True)])
+    return Scenes(images, bounding_boxes(layout.solids, layout.eye.T), states(layout), layout.mask)
+
+
+def states(layout: Layout) -> Tensor:
+    """States (B, N, 18); 0 where absent."""
+    parts = [F.one_hot(getattr(layout, name), len(values)) for name, values in ATTRIBUTES.items()]
+    return torch.cat([layout.centre / 3, *parts], -1) * layout.mask.unsqueeze(-1)
