@@ -164,7 +164,7 @@ def on_channels(cost: Cost, channels: slice | Sequence[int], *, weight: float = 
     """Make a cost that sees only some of the channels, times a weight.
 
     Args:
-        cost: As in :func:`pairwise_cost`.
+        cost: As in :func:`~setpred.functional.pairwise.pairwise_cost`.
         channels: Which channels, a slice or indices. With ``presence="feature"`` the mask is the last one, -1.
         weight: Factor on the cost.
 
@@ -192,7 +192,7 @@ def sum_costs(*costs: Cost) -> PairwiseCost:
     """Make a cost that is the sum of several.
 
     Args:
-        costs: Each as in :func:`pairwise_cost`.
+        costs: Each as in :func:`~setpred.functional.pairwise.pairwise_cost`.
 
     Returns:
         A callable ``(B, N, C), (B, M, C) -> (B, N, M)``.

@@ -324,7 +324,10 @@ def test_what_is_recorded(training: bool, differentiate: str, record: bool | Non
 
 def settings_of(decoder: DSPNDecoder) -> dict[str, Any]:
     names = ["iters", "lr", "mask_clamp", "set_size", "channels", "momentum", "nesterov", "repr_loss", "anchor"]
-    return {name: getattr(decoder, name) for name in [*names, "grad_clip", "project", "tol", "differentiate", "init"]}
+    return {
+        name: getattr(decoder, name)
+        for name in [*names, "grad_clip", "project", "tol", "differentiate", "checkpoint", "init"]
+    }
 
 
 PAPER = {
@@ -341,6 +344,7 @@ PAPER = {
     "project": None,
     "tol": None,
     "differentiate": "unrolled",
+    "checkpoint": False,
     "init": "learned",
 }
 IDSPN = PAPER | {
@@ -416,6 +420,11 @@ def test_an_empty_batch_is_decoded_to_an_empty_batch() -> None:
         (ValueError, "`tol` must be at least -inf, got nan", {"tol": float("nan")}),
         (ValueError, "`repr_loss` must be one of 'huber', 'mse', got 'l1'", {"repr_loss": "l1"}),
         (ValueError, "`differentiate` must be one of 'unrolled', 'implicit', got 'no'", {"differentiate": "no"}),
+        (
+            ValueError,
+            "`checkpoint` must be False when `differentiate` is 'implicit'",
+            {"checkpoint": True, "differentiate": "implicit"},
+        ),
         (ValueError, "`init` must be one of 'learned', 'random', got 'zeros'", {"init": "zeros"}),
         *[
             (ValueError, "`mask_clamp` must be an increasing pair of numbers or None, got", {"mask_clamp": wrong})
