@@ -71,7 +71,14 @@ def draw(targets: Tensor, steps: Tensor, path: Path, ink: str, accent: str, pape
     import matplotlib.pyplot as plt
     from matplotlib.animation import FuncAnimation, PillowWriter
 
-    with plt.rc_context({"figure.facecolor": paper, "savefig.facecolor": paper, "text.color": ink}):
+    with plt.rc_context(
+        {
+            "figure.facecolor": paper,
+            "savefig.facecolor": paper,
+            "text.color": ink,
+            "figure.constrained_layout.use": False,
+        }
+    ):
         figure, axes = plt.subplots(1, len(targets), figsize=(9, 2.1), dpi=100)
         figure.subplots_adjust(0, 0.1, 1, 1, 0, 0)
         dots = []
