@@ -34,9 +34,10 @@ class DSPNDecoder(nn.Module):
 
     From an initial set :math:`Y_0`, T steps of gradient descent with momentum on
 
-    .. math:: \mathcal{L}_\text{repr}(Y, z) = \frac{1}{D}\sum_d \ell(H(Y)_d - z_d)
-              \;\Big(+ \frac{w}{2} \operatorname{mean}\,(Y - Y_0)^2 \Big), \qquad
-              Y_{t+1} = P\!\left(Y_t - \eta\,\frac{\partial \mathcal{L}_\text{repr}(Y_t, z)}{\partial Y_t}\right)
+    .. math::
+        \mathcal{L}_\text{repr}(Y, z) &= \frac{1}{D}\sum_d \ell(H(Y)_d - z_d)
+        \;\Big(+ \frac{w}{2} \operatorname{mean}\,(Y - Y_0)^2 \Big) \\
+        Y_{t+1} &= P\!\left(Y_t - \eta\,\frac{\partial \mathcal{L}_\text{repr}(Y_t, z)}{\partial Y_t}\right)
 
     where H is the encoder, and P clamps the masks, which are optimised like the elements, and then applies
     ``project``. The gradient of a permutation-invariant H is permutation-equivariant, so no order is ever imposed on

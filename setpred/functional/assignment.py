@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from setpred._checks import check_choice, check_mask, check_tensor
@@ -201,6 +200,8 @@ def _threads(samples: int, rows: int, cols: int) -> int:
 
 
 def _with_scipy(cost: Tensor, row_mask: Tensor | None, col_mask: Tensor | None, every_column: bool) -> Tensor:
+    from scipy.optimize import linear_sum_assignment  # half a second, for those who match
+
     batch, (rows, cols), device = cost.shape[:-2], cost.shape[-2:], cost.device
     samples = batch.numel()
     cost, (row_mask, col_mask) = _to_host(cost, row_mask, col_mask)

@@ -6,7 +6,6 @@ from itertools import product
 
 import numpy as np
 import torch
-from scipy.spatial import cKDTree
 from torch import Tensor
 
 from setpred._checks import check_mask, check_shape
@@ -128,6 +127,8 @@ def _tree_is_faster(x: Tensor, y: Tensor, cost: str) -> bool:
 
 
 def _by_tree(x: Tensor, y: Tensor, cost: str, x_mask: Tensor | None, y_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    from scipy.spatial import cKDTree  # loaded by those who need it
+
     points = x.double().numpy(), y.double().numpy()
     present = [
         np.ones(side.shape[:2], bool) if mask is None else mask.numpy()
