@@ -1,10 +1,22 @@
 """The CLEVR v1.0 directory: images and scene files as released, or in the same layout."""
 
+import hashlib
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from os import PathLike
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from common.scenes import Scenes
+from common.scenes import ATTRIBUTES, Scenes
+
+WIDTH, HEIGHT = 480, 320
 
 
 class ClevrDataset(Dataset[Scenes]):
@@ -32,10 +44,109 @@ class ClevrDataset(Dataset[Scenes]):
         cache: str | PathLike[str] | None = None,
         clip_boxes: bool = False,
     ) -> None:
-        raise NotImplementedError
+        root = Path(root)
+        if split not in ("train", "val"):
+            raise ValueError(f"split: expected 'train' or 'val' (CLEVR's 'test' has no scene file), got {split!r}")
+        for part in (root / "images" / split, root / "scenes"):
+            if not part.is_dir():
+                found = sorted(path.name for path in root.iterdir())[:10] if root.is_dir() else "no such directory"
+                raise FileNotFoundError(
+                    f"root: expected the directory {part.relative_to(root)} in {root}, found {found}"
+                )
+        scene_file = root / "scenes" / f"CLEVR_{split}_scenes.json"
+        if not scene_file.is_file():
+            raise FileNotFoundError(f"root: expected the scene file {scene_file}, found none")
+        scenes = json.loads(scene_file.read_text())["scenes"]
+        for scene in scenes:
+            if len(scene["objects"]) > max_objects:
+                raise ValueError(
+                    f"max_objects: expected at most {max_objects} objects, got {len(scene['objects'])} in scene "
+                    f"{scene['image_index']} ({scene['image_filename']}) of {scene_file}"
+                )
+        files = [root / "images" / split / scene["image_filename"] for scene in scenes]
+        if missing := [path for path in files if not path.is_file()]:
+            raise FileNotFoundError(
+                f"root: expected an image for each scene of {scene_file}, found none for {len(missing)}, "
+                f"the first {missing[0]}"
+            )
+        if cache is None:
+            cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "setpred"
+        self.images = _resized(files, size, Path(cache))
+
+        boxes = [torch.tensor([_box(thing, scene) for thing in scene["objects"]]).view(-1, 4) for scene in scenes]
+        states = [torch.tensor([_state(thing) for thing in scene["objects"]]).view(-1, 18) for scene in scenes]
+        self.boxes, self.states = (
+            torch.stack([torch.cat([x, x.new_zeros(max_objects - len(x), x.shape[1])]) for x in rows])
+            for rows in (boxes, states)
+        )
+        if clip_boxes:
+            self.boxes = self.boxes.clamp(0, 1)
+        self.mask = torch.tensor([[i < len(x) for i in range(max_objects)] for x in boxes])
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        """Count the scenes."""
+        return len(self.mask)
 
     def __getitem__(self, index: int) -> Scenes:
-        raise NotImplementedError
+        """Read one scene."""
+        image = torch.from_numpy(self.images[index].copy()).permute(2, 0, 1).float() / 255
+        return Scenes(image, self.boxes[index], self.states[index], self.mask[index])
+
+
+def _state(thing: dict[str, Any]) -> list[float]:
+    one_hots = [float(thing[name] == value) for name, values in ATTRIBUTES.items() for value in values]
+    if sum(one_hots) != len(ATTRIBUTES):
+        raise ValueError(f"scene file: expected attributes among {ATTRIBUTES}, got {thing}")
+    return [x / 3 for x in thing["3d_coords"]] + one_hots
+
+
+def _box(thing: dict[str, Any], scene: dict[str, Any]) -> list[float]:
+    """Approximate the box x1, y1, x2, y2 from the scene's geometry, as published.
+
+    The centre in the image is known; the extents are fitted to each shape's size and distance. The axis "right" turns
+    the coordinates, the second one by the already turned first, as published.
+    """
+    x, y, z = thing["3d_coords"]
+    cos, sin, _ = scene["directions"]["right"]
+    x = x * cos + y * sin
+    y = -x * sin + y * cos
+    up = down = side = 6.9 * z * (15 - y) / 2
+    if thing["shape"] == "cylinder":
+        far, near = 9.4 + y, 6.4
+        top = z * (near / far + 1)
+        up *= top / (top - z * (near - z) / far)
+        down = up * (near - z + far) / (near + z + far)
+        side *= 11 / (10 + y)
+    elif thing["shape"] == "cube":
+        up = down = side = up * 1.3 * 10 / (10 + y)
+    u, v, _ = thing["pixel_coords"]
+    return [(u - side) / WIDTH, (v - down) / HEIGHT, (u + side) / WIDTH, (v + up) / HEIGHT]
+
+
+def _read(path: Path, size: int) -> np.ndarray[Any, Any]:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+    except (OSError, SyntaxError, UnidentifiedImageError) as error:
+        raise ValueError(f"image: expected a whole PNG file, got {path}, which cannot be decoded: {error}") from None
+
+
+def _resized(files: list[Path], size: int, cache: Path) -> np.ndarray[Any, Any]:
+    """Map the array (files, S, S, 3) of resized images into memory, and make it first if it is not there."""
+    stamps = [f"{path.resolve()} {path.stat().st_mtime_ns}" for path in files]
+    key = hashlib.sha256("\n".join([str(size), *stamps]).encode()).hexdigest()[:16]
+    path = cache / f"clevr-{size}-{key}.npy"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            array = np.lib.format.open_memmap(unfinished, "w+", np.uint8, (len(files), size, size, 3))
+            with ProcessPoolExecutor() as pool:
+                for i, image in enumerate(pool.map(partial(_read, size=size), files, chunksize=32)):
+                    array[i] = image
+            array.flush()
+            unfinished.rename(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    images: np.ndarray[Any, Any] = np.load(path, mmap_mode="r")
+    return images

@@ -100,7 +100,7 @@ def entries(solids: Solids, origin: Tensor, direction: Tensor) -> Hits:
         origin: (3, B, K), outside of all solids: the rays of each of K pencils start from one point.
         direction: (3, B, K, P), of unit length.
     """
-    _, B, K, P = direction.shape
+    _, _, K, P = direction.shape
     N = solids.mask.shape[1]
     # Only rays that pass near enough: of all pairs, one in some twenty.
     toward = solids.centre.unsqueeze(2) - origin.unsqueeze(-1)  # (3, B, K, N)

@@ -26,7 +26,7 @@ COLORS = (  # CLEVR's, in the order of the states
 def render(layout: Layout, size: int) -> Tensor:
     """Pictures (B, 3, size, size) in [0, 1]."""
     solids, eye = layout.solids, layout.eye.T
-    B, K = eye.shape[1], SAMPLES**2
+    K = SAMPLES**2
     sight = camera_rays(eye, size, size, samples=SAMPLES)
     eye = eye.unsqueeze(-1).expand(-1, -1, K)
     seen = nearest(entries(solids, eye, sight), sight[0].numel())
