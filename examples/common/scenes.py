@@ -44,8 +44,8 @@ def render_scenes(
 
     The generator gives one number a scene, and the scene is a function of that number alone: it does not depend on
     the batch, and two batches of 8 are a batch of 16, up to pixels at edges, where rounding decides whether a ray hits.
-    On another device it is the same scene in that sense too, if the generator is the same. Boxes are the exact extents of the whole objects, hidden parts included, clipped to the
-    image.
+    On another device it is the same scene in that sense too, if the generator is the same. Boxes are the exact extents
+    of the whole objects, hidden parts included, clipped to the image.
 
     Args:
         batch: Number of scenes B.

@@ -1,0 +1,59 @@
+"""FSDP2: the whole network sharded over two processes learns as one process with the whole batch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from tests.living.common import Network, make_batch
+
+RECIPES = ["paper", "idspn"]
+
+
+def learned(model: Network, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(*batch).backward()
+        optimizer.step()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def make_model(recipe: str) -> Network:
+    torch.manual_seed(0)
+    model = Network(recipe, lr=1.0).double()
+    # The loss runs inside of the sharded module's forward, where all parameters are whole.
+    model.forward = model.step
+    return model
+
+
+def work(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    batch = [part[3 * rank : 3 * rank + 3] for part in double_batch()]
+    for recipe in RECIPES:
+        model = make_model(recipe)
+        # [docs: fsdp
+        fully_shard(model.backbone, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        # docs]
+        whole = {name: p.full_tensor() for name, p in learned(model, *batch).items()}
+        if rank == 0:
+            torch.save(whole, folder / f"{recipe}.pt")
+    dist.destroy_process_group()
+
+
+def double_batch() -> list[torch.Tensor]:
+    return [part.double() if part.is_floating_point() else part for part in make_batch(6)]
+
+
+def test_two_shards_learn_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torch.multiprocessing.spawn(work, args=(tmp_path,), nprocs=2)
+    for recipe in RECIPES:
+        expected = learned(make_model(recipe), *double_batch())
+        torch.testing.assert_close(torch.load(tmp_path / f"{recipe}.pt"), expected, rtol=1e-9, atol=1e-9)
