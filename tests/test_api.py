@@ -6,11 +6,12 @@ from types import ModuleType
 import pytest
 
 import setpred
+import setpred.export
 import setpred.functional
 import setpred.metrics
 
 NAMES = [(setpred, name) for name in setpred.__all__ if name not in ("functional", "metrics")]
-NAMES += [(module, name) for module in (setpred.functional, setpred.metrics) for name in module.__all__]
+NAMES += [(module, name) for module in (setpred.functional, setpred.metrics, setpred.export) for name in module.__all__]
 EVERY_NAME = pytest.mark.parametrize(("module", "name"), NAMES, ids=[f"{m.__name__}.{n}" for m, n in NAMES])
 
 # What users rely on: names, order, kinds and defaults of arguments. There may be more, by keyword only.
