@@ -67,8 +67,8 @@ def in_onnx_runtime(path: Path) -> Callable[[Tensor], list]:
     return lambda x: session.run(None, {name: x.numpy()})
 
 
-@pytest.mark.parametrize("recipe", ["paper", "idspn"])
-@pytest.mark.parametrize("make_encoder", [PooledEncoder, RelationEncoder])
+# Half a minute each: one of each encoder and recipe; test_program goes through more.
+@pytest.mark.parametrize(("make_encoder", "recipe"), [(PooledEncoder, "paper"), (RelationEncoder, "idspn")])
 def test_onnx_runtime(make_encoder: type[nn.Module], recipe: str, tmp_path: Path) -> None:
     model = decoder(recipe, make_encoder)
     to_onnx(model, torch.randn(3, 16), tmp_path / "model.onnx")
