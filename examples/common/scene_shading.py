@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from common.scene_geometry import Hits, camera_rays, dot, entries, entry_distance, nearest, normals
 from common.scene_layout import Layout
@@ -26,48 +27,48 @@ COLORS = (  # CLEVR's, in the order of the states
 def render(layout: Layout, size: int) -> Tensor:
     """Pictures (B, 3, size, size) in [0, 1]."""
     solids, eye = layout.solids, layout.eye.T
-    K = SAMPLES**2
     sight = camera_rays(eye, size, size, samples=SAMPLES)
-    eye = eye.unsqueeze(-1).expand(-1, -1, K)
-    seen = nearest(entries(solids, eye, sight), sight[0].numel())
-    scene = seen.ray // sight[0, 0].numel()
+    rays = sight.shape[1:]
+    seen = nearest(entries(solids, eye.unsqueeze(-1).expand(-1, -1, SAMPLES**2), sight), rays.numel())
+    scene = seen.ray // rays[1:].numel()
 
-    # The ground everywhere, then what stands before it.
-    point = eye.unsqueeze(-1) - sight * (eye[2].unsqueeze(-1) / sight[2])
-    toward = sight.flatten(1)[:, seen.ray]
-    surface = layout.eye.T[:, scene] + seen.distance * toward
+    # The ground everywhere, then what stands before it. From here on, rays lie along one dimension, (3, R).
+    sight = sight.flatten(1)
+    start = eye.repeat_interleave(rays[1:].numel(), 1)
+    point = start - sight * (start[2] / sight[2])
+    toward = sight[:, seen.ray]
+    surface = eye[:, scene] + seen.distance * toward
     normal = normals(solids, seen.solid, surface)
-    point.flatten(1)[:, seen.ray] = surface
+    point[:, seen.ray] = surface
 
     metal = layout.material.flatten()[seen.solid] == 1
     mirrored = toward - 2 * dot(toward, normal) * normal
     light = torch.full_like(point[0], AMBIENT)
     gloss = torch.zeros_like(seen.distance)
     part = torch.arange(SAMPLES, device=eye.device) * (2 * LAMP / (SAMPLES - 1)) - LAMP
-    parts = torch.nn.functional.pad(torch.cartesian_prod(part, part), (0, 1)).T.unsqueeze(1)  # (3, 1, K)
+    parts = F.pad(torch.cartesian_prod(part, part), (0, 1)).T.unsqueeze(1)  # (3, 1, samples)
     for lamp, power, shadows in zip(layout.lights.unbind(1), POWERS, SHADOWS, strict=True):
         source = lamp.T.unsqueeze(-1) + parts
-        beam = point - source.unsqueeze(-1)
+        beam = point - source.repeat_interleave(rays[2], -1).flatten(1)
         distance = dot(beam, beam).sqrt()
         beam /= distance
         flux = power / distance.square()
         if shadows:
-            blocked = entries(solids, source, beam)
-            before = blocked.distance < 0.99 * distance.flatten()[blocked.ray]
-            flux.view(-1)[blocked.ray[before]] = 0
-        own = beam.flatten(1)[:, seen.ray]
-        facing = beam[2].neg()
-        facing.view(-1)[seen.ray] = dot(own, normal).neg().clamp(min=0)
+            blocked = entries(solids, source, beam.unflatten(1, rays))
+            flux[blocked.ray[blocked.distance < 0.99 * distance[blocked.ray]]] = 0
+        own = beam[:, seen.ray]
+        facing = -beam[2]
+        facing[seen.ray] = -dot(own, normal).clamp(max=0)
         light += flux * facing
-        shine = dot(own, mirrored).neg().clamp(min=0)
-        gloss += flux.flatten()[seen.ray] * torch.where(metal, 6 * shine**100 + 0.3 * shine**10, 0.1 * shine**10)
-    color = (GROUND * light).expand(3, -1, -1, -1).clone()
+        shine = -dot(own, mirrored).clamp(max=0)
+        gloss += flux[seen.ray] * torch.where(metal, 6 * shine**100 + 0.3 * shine**10, 0.1 * shine**10)
+    color = (GROUND * light).repeat(3, 1)
     tint = _tint(layout, seen.solid)
-    matt = tint * light.flatten()[seen.ray]
+    own = tint * light[seen.ray]
     around = _mirror(layout, scene[metal], seen.solid[metal], surface[:, metal], mirrored[:, metal])
-    matt[:, metal] = 0.15 * matt[:, metal] + 1.1 * tint[:, metal] * around
-    color.flatten(1)[:, seen.ray] = matt + gloss
-    return color.mean(2).clamp(0, 1).pow(1 / 2.2).movedim(0, 1).unflatten(-1, (size, size))
+    own[:, metal] = 0.15 * own[:, metal] + 1.1 * tint[:, metal] * around
+    color[:, seen.ray] = own + gloss
+    return color.unflatten(1, rays).mean(2).clamp(0, 1).pow(1 / 2.2).movedim(0, 1).unflatten(-1, (size, size))
 
 
 def _tint(layout: Layout, solid: Tensor) -> Tensor:

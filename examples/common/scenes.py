@@ -43,8 +43,8 @@ def render_scenes(
     """Draw scenes as CLEVR's generator does, and render them.
 
     The generator gives one number a scene, and the scene is a function of that number alone: it does not depend on
-    the batch, and two batches of 8 are a batch of 16, up to pixels at edges, where rounding decides whether a ray hits.
-    On another device it is the same scene in that sense too, if the generator is the same. Boxes are the exact extents
+    the batch, and two batches of 8 are a batch of 16. Rounding may differ, which shows in a few pixels at edges; from
+    the same generator, another device renders the same scene in that sense too. Boxes are the exact extents
     of the whole objects, hidden parts included, clipped to the image.
 
     Args:
