@@ -107,7 +107,10 @@ def entries(solids: Solids, origin: Tensor, direction: Tensor) -> Hits:
     reach = solids.radius * origin.new_tensor([1, math.sqrt(3), math.sqrt(2)])[solids.shape]
     least = (dot(toward, toward) - reach.square().unsqueeze(1)).clamp(min=0).sqrt()
     least = least.where(solids.mask.unsqueeze(1), torch.inf)
-    b, k, n, p = (torch.einsum("cbkn,cbkp->bknp", toward, direction) > least.unsqueeze(-1)).nonzero().unbind(-1)
+    along = (
+        toward.movedim(0, -1).contiguous() @ direction.movedim(0, 2).contiguous()
+    )  # several times faster than strided
+    b, k, n, p = (along > least.unsqueeze(-1)).nonzero().unbind(-1)
     pencil, solid = b * K + k, b * N + n
     ray = pencil * P + p
     distance = entry_distance(solids, solid, -toward.flatten(1)[:, pencil * N + n], direction.flatten(1)[:, ray])

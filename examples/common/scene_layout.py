@@ -76,7 +76,9 @@ def draw_layouts(seeds: Tensor, objects: tuple[int, int], max_objects: int) -> L
         else:
             for old, new in zip(layout, proposal, strict=True):
                 old[todo] = new
-        todo = todo[~(placed & _all_seen(proposal))]
+        accepted = placed.clone()
+        accepted[placed] = _all_seen(Layout(*(x[placed] for x in proposal)))
+        todo = todo[~accepted]
         if not len(todo):
             return layout
     raise ValueError(f"objects: expected so few that they find a place, got {objects}: {ROUNDS} attempts failed")

@@ -11,7 +11,7 @@ from common.scene_layout import Layout, draw_layouts
 from common.scene_shading import render
 
 # Rays cast at once. On a CPU, what belongs to them should stay in its caches.
-RAYS = {"cpu": 2**16, "cuda": 2**24}
+RAYS = {"cpu": 2**18, "cuda": 2**24}
 
 # The one-hot parts of a state in their order, as published; they follow the three coordinates.
 ATTRIBUTES = {
