@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -11,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from common.scenes import ATTRIBUTES, Scenes
 
 WIDTH, HEIGHT = 480, 320
+FEW = 256  # so many images are decoded before other processes have started
 
 
 class ClevrDataset(Dataset[Scenes]):
@@ -56,7 +61,12 @@ class ClevrDataset(Dataset[Scenes]):
         scene_file = root / "scenes" / f"CLEVR_{split}_scenes.json"
         if not scene_file.is_file():
             raise FileNotFoundError(f"root: expected the scene file {scene_file}, found none")
-        scenes = json.loads(scene_file.read_text())["scenes"]
+        try:
+            scenes = json.loads(scene_file.read_text())["scenes"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"root: expected JSON with a list 'scenes' in {scene_file}, got what cannot be read so: {error!r}"
+            ) from None
         for scene in scenes:
             if len(scene["objects"]) > max_objects:
                 raise ValueError(
@@ -71,7 +81,8 @@ class ClevrDataset(Dataset[Scenes]):
             )
         if cache is None:
             cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "setpred"
-        self.images = _resized(files, size, Path(cache))
+        self.file = _resized(files, size, Path(cache))
+        self.images = np.load(self.file, mmap_mode="r")
 
         boxes = [torch.tensor([_box(thing, scene) for thing in scene["objects"]]).view(-1, 4) for scene in scenes]
         states = [torch.tensor([_state(thing) for thing in scene["objects"]]).view(-1, 18) for scene in scenes]
@@ -82,6 +93,15 @@ class ClevrDataset(Dataset[Scenes]):
         if clip_boxes:
             self.boxes = self.boxes.clamp(0, 1)
         self.mask = torch.tensor([[i < len(x) for i in range(max_objects)] for x in boxes])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the images out: worker processes map the file themselves."""
+        return {name: value for name, value in vars(self).items() if name != "images"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Map the images."""
+        vars(self).update(state)
+        self.images = np.load(self.file, mmap_mode="r")
 
     def __len__(self) -> int:
         """Count the scenes."""
@@ -127,26 +147,33 @@ def _read(path: Path, size: int) -> np.ndarray[Any, Any]:
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
-    except (OSError, SyntaxError, UnidentifiedImageError) as error:
+    except (OSError, SyntaxError) as error:
         raise ValueError(f"image: expected a whole PNG file, got {path}, which cannot be decoded: {error}") from None
 
 
-def _resized(files: list[Path], size: int, cache: Path) -> np.ndarray[Any, Any]:
-    """Map the array (files, S, S, 3) of resized images into memory, and make it first if it is not there."""
+def _resized(files: list[Path], size: int, cache: Path) -> Path:
+    """File that holds the array (files, S, S, 3) of resized images; made first if it is not there."""
     stamps = [f"{path.resolve()} {path.stat().st_mtime_ns}" for path in files]
     key = hashlib.sha256("\n".join([str(size), *stamps]).encode()).hexdigest()[:16]
-    path = cache / f"clevr-{size}-{key}.npy"
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            array = np.lib.format.open_memmap(unfinished, "w+", np.uint8, (len(files), size, size, 3))
-            with ProcessPoolExecutor() as pool:
-                for i, image in enumerate(pool.map(partial(_read, size=size), files, chunksize=32)):
-                    array[i] = image
-            array.flush()
-            unfinished.rename(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    images: np.ndarray[Any, Any] = np.load(path, mmap_mode="r")
-    return images
+    file = cache / f"clevr-{size}-{key}.npy"
+    if file.exists():
+        return file
+    cache.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(f".{os.getpid()}.tmp")
+    read = partial(_read, size=size)
+    try:
+        array = np.lib.format.open_memmap(unfinished, "w+", np.uint8, (len(files), size, size, 3))
+        with ExitStack() as stack:
+            images: Iterable[np.ndarray[Any, Any]] = map(read, files)
+            if len(files) > FEW:
+                # Not by fork: PyTorch has threads.
+                pool = ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"))
+                images = stack.enter_context(pool).map(read, files, chunksize=32)
+            progress = tqdm(images, f"Resizing to {file}", len(files), unit="image", disable=len(files) <= FEW)
+            for i, image in enumerate(progress):
+                array[i] = image
+        array.flush()
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return file

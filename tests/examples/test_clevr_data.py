@@ -1,6 +1,7 @@
 """The loader of CLEVR's directory: right data or a clear error."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def write(root: Path, counts: tuple[int, ...] = (3, 1)) -> Path:
     scenes = []
     for i, count in enumerate(counts):
         name = f"CLEVR_train_{i:06d}.png"
-        Image.new("RGB", (480, 320), (10 * i, 100, 200)).save(root / "images/train" / name)
+        Image.new("RGB", (480, 320), (10 * i % 256, 100, 200)).save(root / "images/train" / name)
         directions = {"right": [1.0, 0.0, 0.0]}
         things = [thing() for _ in range(count)]
         scenes.append({"image_index": i, "image_filename": name, "directions": directions, "objects": things})
@@ -56,6 +57,45 @@ def test_items(tmp_path: Path) -> None:
     half = 6.9 * 0.35 * 15.6 / 2
     around = torch.tensor([0.5 - half / 480, 0.5 - half / 320, 0.5 + half / 480, 0.5 + half / 320])
     torch.testing.assert_close(boxes[0], around)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("sphere", [0.421030, 0.381544, 0.578970, 0.618456]),
+        ("cube", [0.389659, 0.334488, 0.610341, 0.665512]),
+        ("cylinder", [0.406634, 0.326599, 0.593366, 0.690255]),
+    ],
+)
+def test_boxes_are_those_of_the_published_code(tmp_path: Path, shape: str, expected: list[float]) -> None:
+    """The expected values are what the published loader prints for this object."""
+    root = write(tmp_path)
+    file = root / "scenes/CLEVR_train_scenes.json"
+    scenes = json.loads(file.read_text())
+    scenes["scenes"][1]["directions"]["right"] = [0.6, 0.8, 0.0]
+    scenes["scenes"][1]["objects"] = [thing(shape=shape, size="large", **{"3d_coords": [1.5, -0.6, 0.7]})]
+    file.write_text(json.dumps(scenes))
+    boxes = ClevrDataset(root, "train", size=8, cache=tmp_path / "cache")[1].boxes
+    torch.testing.assert_close(boxes[0], torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+def test_many_images_are_decoded_by_processes(tmp_path: Path) -> None:
+    count = clevr.FEW + 40
+    root = write(tmp_path, (1,) * count)
+    data = ClevrDataset(root, "train", size=4, cache=tmp_path / "cache")
+    reds = [round(data[i].images[0, 0, 0].item() * 255) for i in range(count)]
+    assert reds == [10 * i % 256 for i in range(count)]
+    (root / "images/train/CLEVR_train_000270.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match=r"expected a whole PNG file, got .*CLEVR_train_000270.png"):
+        ClevrDataset(root, "train", size=4, cache=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_images_are_not_pickled(tmp_path: Path) -> None:
+    data = ClevrDataset(write(tmp_path), "train", size=256, cache=tmp_path / "cache")
+    pickled = pickle.dumps(data)
+    assert len(pickled) < data.images.nbytes / 10
+    assert torch.equal(pickle.loads(pickled)[1].images, data[1].images)
 
 
 def test_batches_by_worker_processes(tmp_path: Path) -> None:
@@ -85,7 +125,7 @@ def test_images_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     first = ClevrDataset(root, "train", size=8, cache=cache)
     assert [path.suffix for path in cache.iterdir()] == [".npy"]
     with monkeypatch.context() as patched:
-        patched.setattr(clevr, "ProcessPoolExecutor", None)  # decoding again would fail
+        patched.setattr(clevr, "_read", None)  # decoding again would fail
         assert torch.equal(ClevrDataset(root, "train", size=8, cache=cache)[0].images, first[0].images)
     Image.new("RGB", (480, 320), (255, 255, 255)).save(root / "images/train/CLEVR_train_000000.png")
     assert ClevrDataset(root, "train", size=8, cache=cache)[0].images.min() == 1  # a changed file is seen
@@ -115,6 +155,13 @@ def test_errors(tmp_path: Path) -> None:
     (missing / "scenes/CLEVR_train_scenes.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"expected the scene file .*CLEVR_train_scenes.json"):
         load(missing)
+
+    broken = write(tmp_path / "f")
+    file = broken / "scenes/CLEVR_train_scenes.json"
+    for text in (file.read_text()[:100], "[]", "{}"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"expected JSON with a list 'scenes' in .*CLEVR_train_scenes.json"):
+            load(broken)
 
     truncated = write(tmp_path / "d")
     image = truncated / "images/train/CLEVR_train_000000.png"
