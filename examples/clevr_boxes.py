@@ -12,10 +12,10 @@ itself one wide, which makes all its thresholds loose; and by the plain intersec
 
 import argparse
 
-from common.batches import Batch, Splits
+from common.batches import Batch
 from common.box_pictures import draw_boxes
-from common.clevr_task import add_clevr_arguments, build_clevr, load_clevr, source_of
-from common.decoders import DESCENT, Loss
+from common.clevr_task import ClevrExperiment
+from common.decoders import DESCENT
 from common.engine import Predictions, Scores, run
 from common.models import SetPredictor
 from common.report import table
@@ -27,27 +27,12 @@ PAPER = (0.5, 0.9, 0.95, 0.98, 0.99)
 PLAIN = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-class ClevrBoxes:
+class ClevrBoxes(ClevrExperiment):
     """The experiment, for the engine."""
 
     name = "clevr_boxes"
     description = __doc__
-    eval_steps = (10, 20, 30)
-    lr = 3e-4
-    selection = "mean AP"  # over the plain thresholds
-    largest = True
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Add the options of data and network."""
-        add_clevr_arguments(parser)
-
-    def data(self, options: argparse.Namespace) -> Splits:
-        """Load images and boxes."""
-        return load_clevr(options, "boxes")
-
-    def build(self, options: argparse.Namespace) -> tuple[SetPredictor, Loss]:
-        """Make the network and its loss."""
-        return build_clevr(options, "boxes")
+    target = "boxes"  # the mean of the plain average precisions selects
 
     def score(self, predictions: Predictions) -> dict[str, float]:
         """Compute the average precisions and the Hungarian loss."""
@@ -61,10 +46,6 @@ class ClevrBoxes:
         scores["mean AP"] = sum(precisions) / len(precisions)
         scores["hungarian"] = hungarian_loss(elements, target, mask, target_mask).item()
         return scores
-
-    def source(self, options: argparse.Namespace) -> str:
-        """Name the data."""
-        return source_of(options)
 
     def report(self, scores: Scores, options: argparse.Namespace) -> str:
         """Make the tables, in per cent."""
@@ -83,12 +64,11 @@ class ClevrBoxes:
         columns = {"target": (batch.elements, batch.mask.float())}
         if options.decoder in DESCENT:
             most = max(options.eval_steps)
-            trajectory = model(batch, iters=most, record=True)[0].trajectory
-            shown = sorted({0, 1, 2, 5, *options.eval_steps})
-            columns |= {f"step {t}": (trajectory.elements[t], trajectory.mask[t]) for t in shown if t <= most}
+            shown = sorted(t for t in {0, 1, 2, 5, *options.eval_steps} if t <= most)
+            columns |= {f"step {t}": prediction for t, prediction in model.after(batch, shown).items()}
         else:
             columns[options.decoder] = model(batch)[0][:2]
-        draw_boxes(batch.images, columns, source_of(options), options.out / "boxes.png")
+        draw_boxes(batch.images, columns, self.source(options), options.out / "boxes.png")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ within a distance, in the scene's units.
 
 import argparse
 
-from common.batches import Batch, Splits
-from common.clevr_task import add_clevr_arguments, build_clevr, load_clevr, source_of
-from common.decoders import DESCENT, Loss
+from common.batches import Batch
+from common.clevr_task import ClevrExperiment
+from common.decoders import DESCENT
 from common.engine import Predictions, Scores, run
 from common.models import SetPredictor
 from common.report import table
@@ -26,27 +26,12 @@ from setpred.metrics import AveragePrecision
 DISTANCES = (float("inf"), 1.0, 0.5, 0.25, 0.125)
 
 
-class ClevrState:
+class ClevrState(ClevrExperiment):
     """The experiment, for the engine."""
 
     name = "clevr_state"
     description = __doc__
-    eval_steps = (10, 20, 30)
-    lr = 3e-4
-    selection = "mean AP"
-    largest = True
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Add the options of data and network."""
-        add_clevr_arguments(parser)
-
-    def data(self, options: argparse.Namespace) -> Splits:
-        """Load images and states."""
-        return load_clevr(options, "states")
-
-    def build(self, options: argparse.Namespace) -> tuple[SetPredictor, Loss]:
-        """Make the network and its loss."""
-        return build_clevr(options, "states")
+    target = "states"
 
     def score(self, predictions: Predictions) -> dict[str, float]:
         """Compute the average precisions and the Hungarian loss."""
@@ -59,10 +44,6 @@ class ClevrState:
         scores["hungarian"] = hungarian_loss(elements, target, mask, target_mask).item()
         return scores
 
-    def source(self, options: argparse.Namespace) -> str:
-        """Name the data."""
-        return source_of(options)
-
     def report(self, scores: Scores, options: argparse.Namespace) -> str:
         """Make the table, in per cent."""
         names = [f"AP{distance:g}" for distance in DISTANCES]
@@ -73,12 +54,11 @@ class ClevrState:
         """Draw tables of the true and the predicted objects, for DSPN after several numbers of steps."""
         if options.decoder in DESCENT:
             most = max(options.eval_steps)
-            trajectory = model(batch, iters=most, record=True)[0].trajectory
             shown = sorted({max(most // 6, 1), *options.eval_steps})[-3:]
-            columns = {f"step {t}": (trajectory.elements[t], trajectory.mask[t]) for t in shown}
+            columns = {f"step {t}": prediction for t, prediction in model.after(batch, shown).items()}
         else:
             columns = {options.decoder: model(batch)[0][:2]}
-        draw_states(batch, columns, source_of(options), options.out / "states.png")
+        draw_states(batch, columns, self.source(options), options.out / "states.png")
 
 
 if __name__ == "__main__":

@@ -76,9 +76,8 @@ class MnistSets:
         columns = {"target": (batch.elements, batch.mask)}
         if options.decoder in DESCENT:
             most = max(options.eval_steps)
-            steps = model(batch, iters=most, record=True)[0].trajectory
-            shown = sorted({0, 1, 2, 3, 5, *options.eval_steps})
-            columns |= {f"$Y_{{{t}}}$": (steps.elements[t], steps.mask[t]) for t in shown if t <= most}
+            shown = sorted(t for t in {0, 1, 2, 3, 5, *options.eval_steps} if t <= most)
+            columns |= {f"$Y_{{{t}}}$": prediction for t, prediction in model.after(batch, shown).items()}
         else:
             columns[options.decoder] = model(batch)[0][:2]
         rows = [

@@ -1,23 +1,19 @@
 """What a run leaves in its directory, so that it can be killed at any moment: checkpoints, metrics, JSON files."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-
-def _replace(path: Path, temporary: Path) -> None:
-    os.replace(temporary, path)  # atomic: whoever reads sees the old file or the new one
+from common.files import replacing
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint to a temporary name, then rename it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    torch.save(dict(state), temporary)
-    _replace(path, temporary)
+    """Write a checkpoint."""
+    with replacing(path) as temporary:
+        torch.save(dict(state), temporary)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -27,10 +23,9 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a JSON file to a temporary name, then rename it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
-    _replace(path, temporary)
+    """Write a JSON file."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
 
 
 class MetricsFile:
@@ -54,6 +49,5 @@ class MetricsFile:
     def rewind(self, step: int) -> None:
         """Forget what came after a step: training goes on from there."""
         kept = [json.dumps(line) + "\n" for line in self.read() if line["step"] <= step]
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text("".join(kept))
-        _replace(self.path, temporary)
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(kept))

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import multiprocessing
-import os
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from common.files import cache_directory, replacing
 from common.scenes import ATTRIBUTES, Scenes
 
 WIDTH, HEIGHT = 480, 320
@@ -79,9 +79,7 @@ class ClevrDataset(Dataset[Scenes]):
                 f"root: expected an image for each scene of {scene_file}, found none for {len(missing)}, "
                 f"the first {missing[0]}"
             )
-        if cache is None:
-            cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "setpred"
-        self.file = _resized(files, size, Path(cache))
+        self.file = _resized(files, size, cache_directory(cache))
         self.images = np.load(self.file, mmap_mode="r")
 
         boxes = [torch.tensor([_box(thing, scene) for thing in scene["objects"]]).view(-1, 4) for scene in scenes]
@@ -159,21 +157,16 @@ def _resized(files: list[Path], size: int, cache: Path) -> Path:
     if file.exists():
         return file
     cache.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(f".{os.getpid()}.tmp")
     read = partial(_read, size=size)
-    try:
+    with replacing(file, shared=True) as unfinished, ExitStack() as stack:
         array = np.lib.format.open_memmap(unfinished, "w+", np.uint8, (len(files), size, size, 3))
-        with ExitStack() as stack:
-            images: Iterable[np.ndarray[Any, Any]] = map(read, files)
-            if len(files) > FEW:
-                # Not by fork: PyTorch has threads.
-                pool = ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"))
-                images = stack.enter_context(pool).map(read, files, chunksize=32)
-            progress = tqdm(images, f"Resizing to {file}", len(files), unit="image", disable=len(files) <= FEW)
-            for i, image in enumerate(progress):
-                array[i] = image
+        images: Iterable[np.ndarray[Any, Any]] = map(read, files)
+        if len(files) > FEW:
+            # Not by fork: PyTorch has threads.
+            pool = ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"))
+            images = stack.enter_context(pool).map(read, files, chunksize=32)
+        progress = tqdm(images, f"Resizing to {file}", len(files), unit="image", disable=len(files) <= FEW)
+        for i, image in enumerate(progress):
+            array[i] = image
         array.flush()
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return file

@@ -157,10 +157,10 @@ def run(experiment: Experiment, arguments: list[str] | None = None) -> None:
             options.out.mkdir(parents=True, exist_ok=True)
         _finish(experiment, options, accelerator, model, splits, checkpoint)
         return
-    if _train(experiment, options, accelerator, model, loss, splits):
-        checkpoint = load(options.out / "best.pt")
-        accelerator.unwrap_model(model).load_state_dict(checkpoint["model"])
-        _finish(experiment, options, accelerator, model, splits, checkpoint)
+    _train(experiment, options, accelerator, model, loss, splits)
+    checkpoint = load(options.out / "best.pt")
+    accelerator.unwrap_model(model).load_state_dict(checkpoint["model"])
+    _finish(experiment, options, accelerator, model, splits, checkpoint)
     accelerator.end_training()
 
 
@@ -182,8 +182,8 @@ def _train(
     model: SetPredictor,
     loss: Loss,
     splits: Splits,
-) -> bool:
-    """Train to the end of the budget, or until asked to leave; returns whether the end was reached."""
+) -> None:
+    """Train to the end of the budget; leave the program if asked to before."""
     out, main = options.out, accelerator.is_main_process
     last = out / "last.pt"
     if last.exists() and not options.resume:
@@ -321,7 +321,6 @@ def _train(
         accelerator.print(f"stopped at step {state['step']}, saved in {last}; go on with --resume")
         accelerator.end_training()
         raise SystemExit(130)
-    return True
 
 
 def _ordered(output: tuple[Any, Tensor], batch: Batch) -> tuple[Any, Batch, Tensor]:
@@ -382,18 +381,14 @@ def evaluate(
     model: SetPredictor,
     loader: DataLoader[Batch],
 ) -> Scores:
-    """Score a split after each number of inner steps; one descent passes through all of them."""
+    """Score a split after each number of inner steps."""
     model.eval()
-    descends = options.decoder in DESCENT
     collected: dict[str, list[Predictions]] = {}
     for batch in loader:
-        kept = {}
-        if descends:
-            trajectory = model(batch, iters=max(options.eval_steps), record=True)[0].trajectory
-            for steps in options.eval_steps:
-                kept[str(steps)] = trajectory.elements[steps], trajectory.mask[steps]
+        if options.decoder in DESCENT:
+            kept = {str(steps): prediction for steps, prediction in model.after(batch, options.eval_steps).items()}
         else:
-            kept["-"] = model(batch)[0][:2]
+            kept = {"-": model(batch)[0][:2]}
         for steps, prediction in kept.items():
             parts = accelerator.gather_for_metrics((*prediction, batch.elements, batch.mask))
             collected.setdefault(steps, []).append(Predictions(*(part.cpu() for part in parts)))

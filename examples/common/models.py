@@ -1,5 +1,7 @@
 """Networks around a set decoder: what makes the vector that it decodes."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,11 @@ class SetPredictor(nn.Module):
         """Predict the sets of a batch; options go to the decoder. Returns the vectors too."""
         z = self.source(batch)
         return self.decoder(z, **options), z
+
+    def after(self, batch: Batch, steps: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Predict elements and masks after each of these numbers of inner steps; one descent passes through all."""
+        trajectory = self(batch, iters=max(steps), record=True)[0].trajectory
+        return {t: (trajectory.elements[t], trajectory.mask[t]) for t in steps}
 
     def count_parameters(self) -> int:
         """Number of trained parameters."""
