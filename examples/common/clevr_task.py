@@ -165,7 +165,7 @@ class ClevrExperiment:
         return Splits(Subset(train, range(first)), Subset(train, range(first, first + kept)), val)
 
     def build(self, options: argparse.Namespace) -> tuple[SetPredictor, Loss]:
-        """Make the network, image -> backbone -> vector -> decoder, and its loss, Hungarian + 0.1 representation loss."""
+        """Make the network, image -> backbone -> vector -> decoder, and its loss: Hungarian + 0.1 representation."""
         encoder = RelationEncoder(CHANNELS[self.target], options.latent, options.width)
         decoder = make_decoder(
             options,

@@ -67,7 +67,8 @@ class DSPNDecoder(nn.Module):
             :math:`Y_0` receives a gradient only through ``anchor``: without it, a learned :math:`Y_0` stays as it was
             drawn (and does not require a gradient).
         checkpoint: Whether ``"unrolled"`` keeps only the sets and computes each step again in the backward pass: the
-            same gradients in the memory of one step, for more time. Does not compile.
+            same gradients in the memory of one step, for more time. Does not compile. What an encoder counts when it
+            is called, such as batch normalisation's statistics, it counts twice.
         init: :math:`Y_0`: ``"learned"`` (one parameter, uniform in [0, 1]), ``"random"`` (0.1 times standard normal,
             drawn at each call), or a module from z to elements ``(B, N, C)``, or to elements and mask ``(B, N)``. Masks
             start at 0.5 unless the module gives them. Other sets than the learned one are carried in the dtype of the

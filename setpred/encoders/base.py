@@ -37,8 +37,8 @@ class SetEncoder(Protocol):
 class EncoderBase(nn.Module):
     """What PooledEncoder and RelationEncoder share: checks, the mask as a feature, the pool, the size feature.
 
-    Subclasses compute ``_rows``, the features of every row to pool, channel-major: (channels, B, rows). In this layout
-    a layer is one product ``weight @ x`` whose result is contiguous along the rows, as the sort in FSPool reads it.
+    Subclasses compute ``_rows``, the features of every row to pool, channel-major: (channels, B, rows), contiguous
+    along the rows, as the sort in FSPool reads them.
     """
 
     def __init__(
@@ -106,9 +106,3 @@ class EncoderBase(nn.Module):
     @override
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, size_feature={self.size_feature}"
-
-
-def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """Apply an `nn.Linear` in the channel-major layout: (in, ...) -> (out, ...)."""
-    assert isinstance(layer, nn.Linear)  # for mypy: nn.ModuleList forgets it
-    return torch.addmm(layer.bias.unsqueeze(1), layer.weight, x.flatten(1)).view(layer.out_features, *x.shape[1:])

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from setpred._checks import check_count
-from setpred.encoders.base import EncoderBase, linear
+from setpred.encoders.base import EncoderBase
 from setpred.encoders.pool import PoolName
 
 
@@ -59,9 +59,12 @@ class RelationEncoder(EncoderBase):
         # One product a sample, so that a sample's rounding is the same in every batch: BLAS has other kernels for few
         # columns, and a last digit can decide which of two nearly equal rows FSPool ranks first. And a width of whole
         # 16 bytes, because the gradient's rounding goes by how its memory is aligned.
+        size = x.shape[1]
         padding = (0, -x.shape[-1] % 4)
         x = F.pad(x, padding)
         weight = F.pad(torch.cat(self.pair.weight.chunk(2, dim=1)), padding).expand(len(x), -1, -1)
         left, right = torch.bmm(weight, x.mT).transpose(0, 1).contiguous().chunk(2)
         left = left + self.pair.bias.view(-1, 1, 1)
-        return linear(self.out, F.relu(left.unsqueeze(-1) + right.unsqueeze(-2), inplace=True).flatten(2))
+        pairs = F.relu(left.unsqueeze(-1) + right.unsqueeze(-2), inplace=True)
+        rows = torch.addmm(self.out.bias.unsqueeze(1), self.out.weight, pairs.flatten(1))  # no transpose to sort
+        return rows.view(self.row_channels, len(x), size * size)

@@ -104,8 +104,8 @@ def hungarian_loss(
         return_matching: Whether to return the matching too.
 
     Returns:
-        The loss and, if asked for, the target of each prediction, int64 of shape ``(B, N)`` or ``(K, B, N)``: -1 where
-        it has none that is present.
+        The loss and, if asked for, the target of each prediction, int64 of shape ``(B, N)`` or ``(K, B, N)``, with -1
+        where it has none that is present.
 
     Raises:
         ValueError: If a shape is wrong, a choice is unknown, there are more targets than predictions (in

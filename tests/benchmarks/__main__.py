@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,35 +30,11 @@ from setpred import (
 )
 from setpred.functional import argsort_descending
 from tests import oracles
-from tests.benchmarks.test_losses import huber_by_broadcasting
-from tests.benchmarks.test_steps import BATCH, LAYERS, Clevr, Mnist, infer
-
-Function = Callable[[], object]
+from tests.benchmarks.test_losses import chamfer_by_broadcasting, huber_by_broadcasting, seconds
+from tests.benchmarks.test_steps import BATCH, Clevr, Function, Mnist, infer, products
 
 # (name, ours, name of the reference, reference)
 Row = tuple[str, Function, str, Function]
-
-
-def products(work: str, inner: int, double: int, encodings: int) -> Function:
-    """Bare `torch.mm` of the shapes in an encoder's layers.
-
-    An inner step is a product forward and one back to its input. Where it is differentiated there are four more, two
-    of them for the weights. Encoding a set and differentiating that is three.
-    """
-    operands = [
-        (torch.randn(out, inn), torch.randn(inn, columns), torch.randn(out, columns))
-        for out, inn, columns in LAYERS[work]
-    ]
-
-    def run() -> None:
-        for weight, x, grad in operands:
-            for _ in range(inner + double + encodings):
-                torch.mm(weight, x)
-                torch.mm(weight.t(), grad)
-            for _ in range(2 * double + encodings):
-                torch.mm(grad, x.t())
-
-    return run
 
 
 def steps() -> Iterator[Row]:
@@ -145,18 +121,13 @@ def losses() -> Iterator[Row]:
     )
     points, others = torch.rand(352, 342, 3, requires_grad=True), torch.rand(352, 342, 3)
 
-    def by_broadcasting() -> None:
-        cost = huber_by_broadcasting(points, others)
-        (cost.min(-1).values.mean(-1) + cost.min(-2).values.mean(-1)).mean().backward()
-
     chamfer = ChamferLoss(presence="none")
-    yield "Chamfer, 352 x 342 x 3", lambda: chamfer(points, others).backward(), "all pairs at once", by_broadcasting
-
-
-def seconds(function: Function) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    yield (
+        "Chamfer, 352 x 342 x 3",
+        lambda: chamfer(points, others).backward(),
+        "all pairs at once",
+        lambda: chamfer_by_broadcasting(points, others).backward(),
+    )
 
 
 def measure(row: Row, budget: float) -> dict[str, Any]:
@@ -288,7 +259,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count() or 1)
     result: dict[str, Any] = {"machine": machine()}
-    print(", ".join(f"{key} {value}" for key, value in machine().items()), end="\n\n")
+    print(", ".join(f"{key} {value}" for key, value in result["machine"].items()), end="\n\n")
     rows = [
         measure(row, arguments.seconds)
         for family in (steps, layers, losses)

@@ -11,6 +11,7 @@ import torch
 from setpred import ChamferLoss, DSPNDecoder, DSPNLoss, HungarianLoss, PooledEncoder, RelationEncoder
 
 BATCH = 32
+Function = Callable[[], object]
 
 
 class Clevr:
@@ -46,10 +47,39 @@ class Mnist:
         self.loss(self.decoder(z), self.target, self.mask).backward()
 
 
-def infer(work: Clevr | Mnist) -> Callable[[], None]:
+def infer(work: Clevr | Mnist) -> Function:
     def run() -> None:
         with torch.inference_mode():
             work.decoder.eval()(work.z)
+
+    return run
+
+
+# (rows out, rows in, columns) of the encoder's layers.
+LAYERS = {
+    "Clevr": [(1024, 19, BATCH * 10), (512, 512, BATCH * 100)],
+    "Mnist": [(256, 3, BATCH * 342), (256, 256, BATCH * 342), (64, 256, BATCH * 342)],
+}
+
+
+def products(work: str, inner: int, double: int, encodings: int) -> Function:
+    """Bare `torch.mm` of the shapes in an encoder's layers.
+
+    An inner step is a product forward and one back to its input. Where it is differentiated there are four more, two
+    of them for the weights. Encoding a set and differentiating that is three.
+    """
+    operands = [
+        (torch.randn(out, inn), torch.randn(inn, columns), torch.randn(out, columns))
+        for out, inn, columns in LAYERS[work]
+    ]
+
+    def run() -> None:
+        for weight, x, grad in operands:
+            for _ in range(inner + double + encodings):
+                torch.mm(weight, x)
+                torch.mm(weight.t(), grad)
+            for _ in range(2 * double + encodings):
+                torch.mm(grad, x.t())
 
     return run
 
@@ -72,26 +102,8 @@ def test_inference(benchmark, work) -> None:
     benchmark.pedantic(infer(work("unrolled")), rounds=5, warmup_rounds=1)
 
 
-# (rows out, rows in, columns) of the encoder's layers; forward and backward of one inner step are two products each.
-LAYERS = {
-    "Clevr": [(1024, 19, BATCH * 10), (512, 512, BATCH * 100)],
-    "Mnist": [(256, 3, BATCH * 342), (256, 256, BATCH * 342), (64, 256, BATCH * 342)],
-}
-
-
 @pytest.mark.parametrize("work", LAYERS)
 def test_bare_products_of_inference(benchmark, work) -> None:
     """The floor: 10 steps of every layer's product and its gradient with respect to the input."""
-    products = [
-        (torch.randn(out, inner), torch.randn(inner, columns), torch.randn(out, columns))
-        for out, inner, columns in LAYERS[work]
-    ]
-
-    def run() -> None:
-        for _ in range(10):
-            for weight, x, grad in products:
-                torch.mm(weight, x)
-                torch.mm(weight.t(), grad)
-
     benchmark.group = f"{work}: inference"
-    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+    benchmark.pedantic(products(work, 10, 0, 0), rounds=5, warmup_rounds=1)
