@@ -20,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.checkpoint import MetricsFile
+from common.curves import draw_comparison
 from common.decoders import DECODERS
 from common.report import mean_and_spread, table
 
@@ -44,7 +46,8 @@ COLUMNS = {  # name of a score -> (heading, factor, digits)
         "hungarian": ("Hungarian loss x 1000", 1000, 3),
     },
 }
-LARGEST = {"mnist_sets": False, "clevr_state": True, "clevr_boxes": True}  # whether large validation scores are good
+# The validation score that checkpoints and learning rates are selected by, and which is best.
+SELECTION = {"mnist_sets": ("chamfer", min), "clevr_state": ("mean AP", max), "clevr_boxes": ("mean AP", max)}
 
 
 class Run(NamedTuple):
@@ -76,7 +79,7 @@ class Comparison:
         result, directory = self.result(run), self.directory(run)
         if result is not None and ("test" in result or not test):
             return
-        if result is not None:  # tuned before: only the test is missing
+        if result is not None and (directory / "best.pt").exists():  # tuned before: only the test is missing
             arguments = ["--evaluate", str(directory / "best.pt")]
         else:
             recipe = RECIPES[self.options.experiment]
@@ -105,8 +108,31 @@ class Comparison:
         scores = {run: result["best"]["score"] for run in runs if (result := self.result(run)) is not None}
         if len(scores) < len(runs):
             return None
-        best = max if LARGEST[self.options.experiment] else min
+        _, best = SELECTION[self.options.experiment]
         return best(scores, key=lambda run: scores[run])
+
+    def tested(self, decoder: str) -> dict[Run, dict[str, Any]]:
+        """Find the runs with test scores, at the tuned learning rate."""
+        tuned = self.tuned(decoder)
+        runs = [] if tuned is None else [tuned._replace(seed=seed) for seed in range(self.options.seeds)]
+        results = {run: self.result(run) for run in runs}
+        return {run: result for run, result in results.items() if result is not None and "test" in result}
+
+    def draw(self) -> None:
+        """Draw the validation curves of what is finished, of DSPN at the best number of inner steps each time."""
+        score, best = SELECTION[self.options.experiment]
+        curves: dict[str, list[list[tuple[float, float]]]] = {}
+        for decoder in self.options.decoders:
+            for run in self.tested(decoder):
+                lines = MetricsFile(self.directory(run) / "metrics.jsonl").read()
+                points = [
+                    (line["seconds"], best(scores[score] for scores in line["validation"].values()))
+                    for line in lines
+                    if "validation" in line
+                ]
+                curves.setdefault(decoder, []).append(points)
+        if curves:
+            draw_comparison(curves, score, self.options.experiment, self.out / "curves.png")
 
     def tables(self) -> str:
         """Make the tables of what is finished: tuning, and test scores over seeds."""
@@ -115,13 +141,10 @@ class Comparison:
         for decoder in self.options.decoders:
             results = [self.result(Run(decoder, lr, 0)) for lr in self.options.lrs]
             tuning.append([decoder, *("-" if r is None else f"{r['best']['score']:.5f}" for r in results)])
-            tuned = self.tuned(decoder)
-            if tuned is None:
+            tested = self.tested(decoder)
+            if not tested:
                 continue
-            done = [self.result(tuned._replace(seed=seed)) for seed in range(self.options.seeds)]
-            results = [r for r in done if r is not None and "test" in r]
-            if not results:
-                continue
+            lr, results = next(iter(tested)).lr, list(tested.values())
             for steps in results[0]["test"]:
                 chosen = sum(r["best"]["eval_steps"] == steps for r in results)
                 cells = [
@@ -129,7 +152,7 @@ class Comparison:
                     for name, (_, factor, digits) in columns.items()
                 ]
                 trained = f"{sum(r['step'] for r in results) // len(results):,}"
-                rows.append([decoder, steps, *cells, f"{chosen}/{len(results)}", f"{tuned.lr:g}", trained])
+                rows.append([decoder, steps, *cells, f"{chosen}/{len(results)}", f"{lr:g}", trained])
         header = ["decoder", "inner steps", *(heading for heading, _, _ in columns.values())]
         header += ["chosen on validation", "lr", "training steps"]
         return "\n\n".join(
@@ -167,6 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\n{tables}")
     comparison.out.mkdir(parents=True, exist_ok=True)
     (comparison.out / "tables.md").write_text(tables + "\n")
+    comparison.draw()
 
 
 if __name__ == "__main__":

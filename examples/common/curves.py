@@ -36,3 +36,26 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], score: str, title: str, path
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def draw_comparison(
+    curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]], score: str, title: str, path: Path
+) -> None:
+    """Draw the validation score of several decoders against training time, a line for each run.
+
+    Args:
+        curves: Decoder -> its runs, each a list of (seconds, score).
+        score: Name of the score.
+        title: What the data is.
+        path: Where to write the PNG.
+    """
+    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    for i, (decoder, runs) in enumerate(curves.items()):
+        for k, points in enumerate(runs):
+            axis.plot(*zip(*points, strict=True), color=f"C{i}", linewidth=1, label=None if k else decoder)
+    axis.set(xlabel="training seconds", ylabel=f"validation {score}")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+    axis.set_title(title, fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -20,7 +20,18 @@ def test_learning_rates_are_tuned_on_validation_and_finished_runs_are_kept(tmp_p
     assert {name for name, result in results.items() if "test" in result} == {best}
     table = (tmp_path / "tables.md").read_text()
     assert f"{1000 * results[best]['test']['-']['chamfer']:.3f}" in table
+    assert (tmp_path / "curves.png").stat().st_size > 5_000
     capsys.readouterr()
     monkeypatch.setattr(compare.subprocess, "run", lambda *_, **__: pytest.fail("a finished run was started again"))
     compare.main(arguments)
     assert table in capsys.readouterr().out
+
+
+def test_tuned_run_whose_weights_are_gone_is_trained_again(tmp_path):
+    arguments = ["mnist_sets", "--decoders", "mlp", "--lrs", "0.01", "--seeds", "1", "--seconds", "0.2"]
+    arguments += ["--quick", "--validations", "2", "--out", str(tmp_path)]
+    run = tmp_path / "mlp-lr0.01-seed0"
+    run.mkdir()
+    (run / "result.json").write_text(json.dumps({"best": {"score": 1.0}}))
+    compare.main(arguments)
+    assert json.loads((run / "result.json").read_text())["test"]["-"]["chamfer"] > 0
