@@ -26,14 +26,20 @@ from common.decoders import DECODERS
 from common.report import mean_and_spread, table
 
 SMALL = "--schedule cosine --size 64 --max-objects 5 --backbone small --latent 256 --width 128 --scenes 30000"
+LONG = "--eval-steps 10 20 30 100 200 --eval-momentum 0.95"
 RECIPES = {
     "mnist_sets": {
-        "all": "--schedule cosine --latent 256 --width 64 --validate-on 200",
-        "dspn": "--inner-lr 100",
-        "idspn": "--inner-lr 100 --inner-steps 15 --momentum 0.8 --anchor 0",
+        "all": "--schedule cosine --latent 256 --width 64 --batch-size 8 --validate-on 48 --validations 5",
+        "dspn": f"--batch-size 4 --inner-lr 3000 {LONG}",
+        "idspn": f"--batch-size 4 --inner-lr 3000 --inner-steps 10 --momentum 0.9 --anchor 0 {LONG}",
     },
     "clevr_state": {"all": SMALL},
     "clevr_boxes": {"all": SMALL},
+}
+LEARNING_RATES = {
+    "mnist_sets": [3e-3, 1e-2, 3e-2],
+    "clevr_state": [3e-4, 1e-3, 3e-3],
+    "clevr_boxes": [3e-4, 1e-3, 3e-3],
 }
 COLUMNS = {  # name of a score -> (heading, factor, digits)
     "mnist_sets": {"chamfer": ("Chamfer x 1000", 1000, 3)},
@@ -173,13 +179,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("experiment", choices=list(RECIPES))
     parser.add_argument("--seconds", type=float, required=True, help="training time of a run")
     parser.add_argument("--decoders", nargs="+", choices=DECODERS, default=list(DECODERS))
-    parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2], help="default: 0.001 0.003 0.01")
+    parser.add_argument("--lrs", nargs="+", type=float, help="default: three values of each experiment")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="0..N-1; default: 3")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="side by side; default: cores")
     parser.add_argument("--prefix", default="", metavar="WORDS", help="put before each command, such as 'nice -n 10'")
     parser.add_argument("--tables", action="store_true", help="print the tables of what is finished, train nothing")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/compare/EXPERIMENT")
     options, extra = parser.parse_known_args(arguments)
+    options.lrs = options.lrs or LEARNING_RATES[options.experiment]
     comparison = Comparison(options, extra)
     if not options.tables:
         # The decoders take turns, so that what is done at any moment is comparable.

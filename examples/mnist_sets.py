@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from common.batches import Batch, Splits
-from common.decoders import DESCENT, Loss, make_decoder, make_loss
+from common.decoders import DESCENT, Loss, evaluation_descent, make_decoder, make_loss
 from common.engine import Predictions, Scores, run
 from common.mnist import LARGEST, load_point_sets
 from common.models import EncodedTarget, SetPredictor
@@ -55,7 +55,8 @@ class MnistSets:
         encoder = PooledEncoder(2, options.latent, options.width)
         size = SMALL_DIGITS if options.data is None else LARGEST
         decoder = make_decoder(options, encoder, latent=options.latent, set_size=size, channels=2, width=options.width)
-        return SetPredictor(EncodedTarget(encoder), decoder), make_loss(options, encoder, ChamferLoss(), repr_weight=0)
+        model = SetPredictor(EncodedTarget(encoder), decoder, evaluation_descent(options))
+        return model, make_loss(options, encoder, ChamferLoss(), repr_weight=0)
 
     def score(self, predictions: Predictions) -> dict[str, float]:
         """Compute the paper's metric."""

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from common.batches import Batch, InMemory, Splits
 from common.clevr import ClevrDataset
-from common.decoders import Loss, make_decoder, make_loss
+from common.decoders import Loss, evaluation_descent, make_decoder, make_loss
 from common.files import cache_directory, replacing
 from common.models import BACKBONES, EncodedImage, SetPredictor
 from common.scenes import Scenes, render_scenes
@@ -177,7 +177,8 @@ class ClevrExperiment:
         )
         bf16 = torch.cuda.is_available() and options.device != "cpu" if options.bf16 is None else options.bf16
         source = EncodedImage(BACKBONES[options.backbone](options.latent), bf16=bf16)
-        return SetPredictor(source, decoder), make_loss(options, encoder, HungarianLoss(), repr_weight=0.1)
+        model = SetPredictor(source, decoder, evaluation_descent(options))
+        return model, make_loss(options, encoder, HungarianLoss(), repr_weight=0.1)
 
     def source(self, options: argparse.Namespace) -> str:
         """Name the data, in tables and pictures."""

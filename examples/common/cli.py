@@ -8,6 +8,7 @@ from common.decoders import DESCENT, add_decoder_arguments
 
 # Options that say how a run is carried out, not what it computes; they may change when it is resumed.
 CARRIED_OUT = ("resume", "evaluate", "out", "device", "workers", "save_every", "tensorboard", "test")
+EVALUATED = ("eval_steps", "eval_inner_lr", "eval_momentum")  # may be given with --evaluate
 BUDGET = ("epochs", "steps", "seconds")
 
 
@@ -55,7 +56,8 @@ def make_parser(name: str, description: str, *, eval_steps: Sequence[int], lr: f
 def parse(parser: argparse.ArgumentParser, name: str, arguments: list[str] | None) -> argparse.Namespace:
     """Parse, check what argparse cannot, and fill in what depends on other options."""
     options = parser.parse_args(arguments)
-    for option in (*BUDGET, "batch_size", "lr", "validations", "validate_on", "threads", "inner_steps", "inner_lr"):
+    positive = ("batch_size", "lr", "validations", "validate_on", "threads", "inner_steps", "inner_lr", "eval_inner_lr")
+    for option in (*BUDGET, *positive):
         value = getattr(options, option)
         if value is not None and not value > 0:
             parser.error(f"--{option.replace('_', '-')} must be positive, got {value}")
@@ -65,6 +67,8 @@ def parse(parser: argparse.ArgumentParser, name: str, arguments: list[str] | Non
         "inner_steps": DESCENT,
         "inner_lr": DESCENT,
         "momentum": DESCENT,
+        "eval_inner_lr": DESCENT,
+        "eval_momentum": DESCENT,
         "anchor": ("idspn",),
         "loss_steps": ("dspn",),
     }

@@ -34,6 +34,14 @@ def add_decoder_arguments(parser: argparse.ArgumentParser, *, eval_steps: Sequen
         metavar="T",
         help=f"evaluate after these numbers of inner steps; default: {' '.join(map(str, eval_steps))}",
     )
+    group.add_argument("--eval-inner-lr", type=float, metavar="LR", help="in evaluation; default: as in training")
+    group.add_argument("--eval-momentum", type=float, metavar="M", help="in evaluation; default: as in training")
+
+
+def evaluation_descent(options: argparse.Namespace) -> dict[str, float]:
+    """Attributes of the decoder that evaluation changes."""
+    changes = {"lr": options.eval_inner_lr, "momentum": options.eval_momentum}
+    return {name: value for name, value in changes.items() if value is not None}
 
 
 def make_decoder(

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import setpred
 from common.batches import Batch, Splits
 from common.checkpoint import MetricsFile, load, save, write_json
-from common.cli import BUDGET, CARRIED_OUT, make_parser, parse
+from common.cli import BUDGET, CARRIED_OUT, EVALUATED, make_parser, parse
 from common.curves import draw_curves
 from common.decoders import DESCENT, Loss
 from common.models import SetPredictor
@@ -132,7 +132,7 @@ def run(experiment: Experiment, arguments: list[str] | None = None) -> None:
         # What is evaluated and how is the run's own, except for how it is carried out here, and where.
         own = {name: value for name, value in checkpoint["options"].items() if name not in CARRIED_OUT}
         given = vars(options)
-        overridden = {"eval_steps"} if _was_given(arguments, "--eval-steps") else set()
+        overridden = {name for name in EVALUATED if _was_given(arguments, f"--{name.replace('_', '-')}")}
         options = argparse.Namespace(**given | {k: v for k, v in own.items() if k not in overridden})
         if not _was_given(arguments, "--out"):
             options.out = options.evaluate.parent

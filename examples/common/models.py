@@ -1,6 +1,6 @@
 """Networks around a set decoder: what makes the vector that it decodes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,17 @@ from setpred import SetPrediction
 
 
 class SetPredictor(nn.Module):
-    """Something that makes a vector of a batch, and a decoder; DSPN's holds the set encoder."""
+    """Something that makes a vector of a batch, and a decoder; DSPN's holds the set encoder.
 
-    def __init__(self, source: nn.Module, decoder: nn.Module) -> None:
+    Args:
+        source: Makes vectors of batches.
+        decoder: Makes sets of vectors.
+        evaluation: Attributes that the decoder has in `after` instead of its own.
+    """
+
+    def __init__(self, source: nn.Module, decoder: nn.Module, evaluation: Mapping[str, float] | None = None) -> None:
         super().__init__()
-        self.source, self.decoder = source, decoder
+        self.source, self.decoder, self.evaluation = source, decoder, dict(evaluation or {})
 
     def forward(self, batch: Batch, **options: object) -> tuple[SetPrediction, Tensor]:
         """Predict the sets of a batch; options go to the decoder. Returns the vectors too."""
@@ -23,7 +29,12 @@ class SetPredictor(nn.Module):
 
     def after(self, batch: Batch, steps: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
         """Predict elements and masks after each of these numbers of inner steps; one descent passes through all."""
-        trajectory = self(batch, iters=max(steps), record=True)[0].trajectory
+        own = {name: getattr(self.decoder, name) for name in self.evaluation}
+        vars(self.decoder).update(self.evaluation)
+        try:
+            trajectory = self(batch, iters=max(steps), record=True)[0].trajectory
+        finally:
+            vars(self.decoder).update(own)
         return {t: (trajectory.elements[t], trajectory.mask[t]) for t in steps}
 
     def count_parameters(self) -> int:

@@ -37,6 +37,17 @@ def test_recipe_can_be_changed(tmp_path):
     start(tmp_path, "--decoder", "idspn", "--inner-steps", "2", "--momentum", "0", "--anchor", "0", "--inner-lr", "3")
 
 
+def test_descent_can_be_changed_in_evaluation_alone(tmp_path):
+    plain = ["--decoder", "idspn", "--momentum", "0.5", "--inner-lr", "3", "--eval-steps", "4"]
+    trained = start(tmp_path / "plain", *plain)
+    again = ["--evaluate", str(tmp_path / "plain/best.pt"), "--out", str(tmp_path / "again")]
+    assert start(tmp_path / "again", *again)["test"] == trained["test"]
+    changed = start(tmp_path / "again", *again, "--eval-momentum", "0.9", "--eval-inner-lr", "6")
+    assert changed["test"] != trained["test"]
+    other = start(tmp_path / "other", *plain, "--eval-momentum", "0.9", "--eval-inner-lr", "6")
+    assert other["test"] == changed["test"]  # the training was the same
+
+
 def test_metric_is_the_published_one():
     """Sum over both sides of the mean over all rows of the least mean over x, y, mask of the Huber loss."""
     generator = torch.Generator().manual_seed(0)
