@@ -26,7 +26,7 @@ from common.decoders import DECODERS
 from common.report import mean_and_spread, table
 
 SMALL = "--schedule cosine --size 64 --max-objects 5 --backbone small --latent 256 --width 128 --scenes 30000"
-LONG = "--eval-steps 10 20 30 100 200 --eval-momentum 0.95"
+LONG = "--eval-steps 10 20 30 200 400 --eval-inner-lr 1500 --eval-momentum 0.98"
 RECIPES = {
     "mnist_sets": {
         "all": "--schedule cosine --latent 256 --width 64 --batch-size 8 --validate-on 48 --validations 5",
