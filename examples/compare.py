@@ -124,6 +124,10 @@ class Comparison:
         results = {run: self.result(run) for run in runs}
         return {run: result for run, result in results.items() if result is not None and "test" in result}
 
+    def source(self) -> str:
+        """Name the data of the runs with test scores."""
+        return "; ".join(sorted({r["data"] for d in self.options.decoders for r in self.tested(d).values()}))
+
     def draw(self) -> None:
         """Draw the validation curves of what is finished, of DSPN at the best number of inner steps each time."""
         score, best = SELECTION[self.options.experiment]
@@ -138,7 +142,7 @@ class Comparison:
                 ]
                 curves.setdefault(decoder, []).append(points)
         if curves:
-            draw_comparison(curves, score, self.options.experiment, self.out / "curves.png")
+            draw_comparison(curves, score, self.source(), self.out / "curves.png")
 
     def tables(self) -> str:
         """Make the tables of what is finished: tuning, and test scores over seeds."""
@@ -164,7 +168,7 @@ class Comparison:
         return "\n\n".join(
             (
                 table(["validation score at lr", *(f"{lr:g}" for lr in self.options.lrs)], tuning),
-                table(header, rows) if rows else "no test scores yet",
+                f"{self.source()}, test split:\n\n{table(header, rows)}" if rows else "no test scores yet",
             )
         )
 

@@ -20,6 +20,7 @@ def test_learning_rates_are_tuned_on_validation_and_finished_runs_are_kept(tmp_p
     assert {name for name, result in results.items() if "test" in result} == {best}
     table = (tmp_path / "tables.md").read_text()
     assert f"{1000 * results[best]['test']['-']['chamfer']:.3f}" in table
+    assert "scikit-learn's digits, not MNIST" in table
     assert (tmp_path / "curves.png").stat().st_size > 5_000
     capsys.readouterr()
     monkeypatch.setattr(compare.subprocess, "run", lambda *_, **__: pytest.fail("a finished run was started again"))
