@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from setpred import DSPNDecoder, PooledEncoder, SetPrediction
+from tests.processes import run_in_two_processes
 
 STEPS = 2  # a parameter that got no gradient in the first fails the second
 
@@ -53,18 +52,14 @@ def learned(model: nn.Module, x: Tensor, target: Tensor) -> dict[str, Tensor]:
 
 
 def work(rank: int, folder: Path, presets: list[str]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     x, target = (part[3 * rank : 3 * rank + 3] for part in make_data())
     for preset in presets:
         torch.save(learned(DistributedDataParallel(Model(preset)), x, target), folder / f"{preset}{rank}.pt")
-    dist.destroy_process_group()
 
 
-def test_two_processes_learn_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+def test_two_processes_learn_as_one(tmp_path: Path) -> None:
     presets = ["paper", "idspn"]  # unrolled and implicit
-    torch.multiprocessing.spawn(work, args=(tmp_path, presets), nprocs=2)
+    run_in_two_processes(work, tmp_path, presets)
     for preset in presets:
         expected = learned(Model(preset), *make_data())
         assert all(value.any() for name, value in expected.items() if name.endswith("gradient"))

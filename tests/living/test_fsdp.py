@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from tests.living.common import Network, make_batch
+from tests.processes import run_in_two_processes
 
 RECIPES = ["paper", "idspn"]
 
@@ -31,8 +30,6 @@ def make_model(recipe: str) -> Network:
 
 
 def work(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     batch = [part[3 * rank : 3 * rank + 3] for part in double_batch()]
     for recipe in RECIPES:
@@ -44,16 +41,14 @@ def work(rank: int, folder: Path) -> None:
         whole = {name: p.full_tensor() for name, p in learned(model, *batch).items()}
         if rank == 0:
             torch.save(whole, folder / f"{recipe}.pt")
-    dist.destroy_process_group()
 
 
 def double_batch() -> list[torch.Tensor]:
     return [part.double() if part.is_floating_point() else part for part in make_batch(6)]
 
 
-def test_two_shards_learn_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    torch.multiprocessing.spawn(work, args=(tmp_path,), nprocs=2)
+def test_two_shards_learn_as_one(tmp_path: Path) -> None:
+    run_in_two_processes(work, tmp_path)
     for recipe in RECIPES:
         expected = learned(make_model(recipe), *double_batch())
         torch.testing.assert_close(torch.load(tmp_path / f"{recipe}.pt"), expected, rtol=1e-9, atol=1e-9)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from setpred.metrics import AveragePrecision, attribute_distance, average_precision, box_iou
 from tests import oracles
+from tests.processes import run_in_two_processes
 
 DOUBLE = {"dtype": torch.float64}
 MATCHINGS = ["best", "best free", "best free, taken"]
@@ -219,20 +220,18 @@ def test_batches_and_merging() -> None:
         assert parts[1].compute() != whole
 
 
-def _in_a_process(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    inputs = torch.load(f"{folder}/inputs.pt")
+def _in_a_process(rank: int, folder: Path) -> None:
+    inputs = torch.load(folder / "inputs.pt")
     metric = AveragePrecision()
     metric.update(*(x[rank::2] for x in inputs))
     metric.sync()
-    torch.save(metric.compute(), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save(metric.compute(), folder / f"{rank}.pt")
 
 
 def test_processes(tmp_path: Path) -> None:
     inputs = random_detections(9, 6, 5)
     torch.save(inputs, tmp_path / "inputs.pt")
-    torch.multiprocessing.spawn(_in_a_process, (str(tmp_path),), nprocs=2)
+    run_in_two_processes(_in_a_process, tmp_path)
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), average_precision(*inputs))
 
