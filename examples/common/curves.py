@@ -39,23 +39,27 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], score: str, title: str, path
 
 
 def draw_comparison(
-    curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]], score: str, title: str, path: Path
+    curves: Mapping[str, Sequence[Sequence[tuple[int, float, float]]]], score: str, title: str, path: Path
 ) -> None:
-    """Draw the validation score of several decoders against training time, a line for each run.
+    """Draw the validation score of several decoders against training time and steps, a line for each run.
 
     Args:
-        curves: Decoder -> its runs, each a list of (seconds, score).
+        curves: Decoder -> its runs, each a list of (step, seconds, score).
         score: Name of the score.
         title: What the data is.
         path: Where to write the PNG.
     """
-    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), sharey=True, layout="constrained")
     for i, (decoder, runs) in enumerate(curves.items()):
         for k, points in enumerate(runs):
-            axis.plot(*zip(*points, strict=True), color=f"C{i}", linewidth=1, label=None if k else decoder)
-    axis.set(xlabel="training seconds", ylabel=f"validation {score}")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False)
-    axis.set_title(title, fontsize=9)
+            steps, seconds, scores = zip(*points, strict=True)
+            left.plot(seconds, scores, color=f"C{i}", linewidth=1, label=None if k else decoder)
+            right.plot(steps, scores, color=f"C{i}", linewidth=1)
+    left.set(xlabel="training seconds", ylabel=f"validation {score}", yscale="log")
+    right.set(xlabel="training steps", xscale="log")
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    left.legend(fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
