@@ -42,8 +42,8 @@ RECIPES = {
 }
 LEARNING_RATES = {
     "mnist_sets": [3e-3, 1e-2, 3e-2],
-    "clevr_state": [3e-4, 1e-3, 3e-3],
-    "clevr_boxes": [3e-4, 1e-3, 3e-3],
+    "clevr_state": [1e-4, 3e-4, 1e-3],
+    "clevr_boxes": [1e-4, 3e-4, 1e-3],
 }
 COLUMNS = {  # name of a score -> (heading, factor, digits)
     "mnist_sets": {"chamfer": ("Chamfer x 1000", 1000, 3)},
