@@ -1,0 +1,76 @@
+"""The errors that the FAQ explains are those that users see."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from setpred import (
+    DSPNDecoder,
+    DSPNLoss,
+    FSPool,
+    PooledEncoder,
+    hungarian_loss,
+    linear_assignment,
+    pad_sets,
+)
+
+# An entry of the FAQ's list: the message between backticks, then what to do.
+ENTRY = re.compile(r"^(`+) ?(.+?) ?\1\n:", re.MULTILINE)
+FAQ = (Path(__file__).parents[2] / "docs/faq.md").read_text()
+MESSAGES = [message for _, message in ENTRY.findall(FAQ)]
+
+rows, sets, mask = torch.rand(8, 10, 4), torch.rand(3, 5, 2), torch.ones(3, 5)
+
+
+def decoder(**options: object) -> DSPNDecoder:
+    return DSPNDecoder(PooledEncoder(2, 8, 8), set_size=5, channels=2, **options)
+
+
+def train(encoder: Callable[..., torch.Tensor]) -> None:
+    DSPNDecoder(encoder, set_size=5, channels=2)(torch.randn(3, 5)).elements.sum().backward()
+
+
+def decode_in_inference_mode() -> None:
+    encoder = PooledEncoder(2, 8, 8)
+    encoder.register_full_backward_hook(lambda *_: None)
+    with torch.inference_mode():
+        DSPNDecoder(encoder, set_size=5, channels=2)(torch.randn(3, 8))
+
+
+def outer_loss(**options: object) -> None:
+    prediction = decoder(**options)(torch.randn(3, 8), record=options.get("differentiate") == "implicit")
+    DSPNLoss(PooledEncoder(2, 8), hungarian_loss)(prediction, sets)
+
+
+# What provokes each of them.
+CALLS: list[Callable[[], object]] = [
+    lambda: PooledEncoder(4, 16)(rows.mT),
+    lambda: PooledEncoder(4, 16)(rows, torch.ones(8, 10, dtype=torch.long)),
+    lambda: decoder()(torch.ones(3, 8, dtype=torch.long)),
+    lambda: DSPNDecoder(PooledEncoder(2, 64), set_size=5, channels=2)(torch.randn(8, 128)),
+    lambda: PooledEncoder(4, 16)(rows[:, :0]),
+    lambda: pad_sets([torch.rand(12, 2)], size=10),
+    lambda: hungarian_loss(torch.rand(1, 10, 2), torch.rand(1, 12, 2), torch.rand(1, 10), presence="feature"),
+    lambda: hungarian_loss(sets, sets, presence="bce"),
+    lambda: DSPNLoss(PooledEncoder(2, 8), hungarian_loss)(decoder().eval()(torch.randn(3, 8)), sets),
+    lambda: outer_loss(differentiate="implicit"),
+    lambda: linear_assignment(torch.full((4, 10, 10), torch.nan).index_fill(0, torch.arange(3), 0.0)),
+    lambda: linear_assignment(torch.full((1, 2, 2), torch.inf)),
+    lambda: decoder(nesterov=True),
+    lambda: decoder(mask_clamp=None, init=nn.Identity())(torch.randn(3, 8), init=(sets, mask)),
+    decode_in_inference_mode,
+    lambda: FSPool(2, relaxed=1.0)(sets, mask),
+    lambda: linear_assignment(torch.rand(1, 2, 2), solver="cuda"),
+    lambda: train(lambda elements, mask: torch.cdist(elements, elements).sum(-1) * mask),
+]
+
+
+@pytest.mark.parametrize(("message", "call"), list(zip(MESSAGES, CALLS, strict=True)), ids=MESSAGES)
+def test_message(message: str, call: Callable[[], object]) -> None:
+    shown = re.escape(message.removesuffix(" ..."))
+    with pytest.raises((ValueError, TypeError, RuntimeError, ImportError), match=shown):
+        call()
