@@ -59,7 +59,7 @@ def draw_comparison(
     right.set(xlabel="training steps", xscale="log")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
-    left.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
