@@ -1,7 +1,6 @@
 """Two processes of one process group, for the tests of distributed training."""
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,5 +22,4 @@ def _run(rank: int, work: Callable[..., None], folder: Path, *args: Any) -> None
     dist.barrier()
     # Without the interpreter's finalisation: gloo's threads may still hold tensors and then ask for its lock, which
     # aborts the process now and then (https://github.com/pytorch/pytorch/pull/179291), all work done.
-    sys.stderr.flush()
     os._exit(0)
