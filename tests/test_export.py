@@ -105,14 +105,15 @@ def test_program_of_encoders_that_need_other_ways() -> None:
     class Encoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.attention = nn.TransformerEncoderLayer(2, 1, 8, batch_first=True)
-            self.pooled = PooledEncoder(2, 16, 16, pool="max")
+            # Not of two features: its normalisation would make all elements alike, and rounding choose the maximum.
+            self.attention = nn.TransformerEncoderLayer(4, 1, 8, batch_first=True)
+            self.pooled = PooledEncoder(4, 16, 16, pool="max")
             self.pooled.register_full_backward_hook(lambda *_: None)
 
         def forward(self, elements: Tensor, mask: Tensor | None) -> Tensor:
-            return self.pooled(self.attention(elements).reshape(len(elements), -1, 2), mask)
+            return self.pooled(self.attention(elements).reshape(len(elements), -1, 4), mask)
 
-    model = DSPNDecoder(Encoder(), iters=2, lr=1.0, set_size=5, channels=2).eval()
+    model = DSPNDecoder(Encoder(), iters=2, lr=1.0, set_size=5, channels=4).eval()
     assert_equal(model, to_program(model, torch.randn(3, 16)).module(), 16)
 
 

@@ -15,10 +15,11 @@ from common.decoders import Loss, evaluation_descent, make_decoder, make_loss
 from common.files import cache_directory, replacing
 from common.models import BACKBONES, EncodedImage, SetPredictor
 from common.scenes import Scenes, render_scenes
-from setpred import HungarianLoss, RelationEncoder
+from setpred import HungarianLoss, PooledEncoder, RelationEncoder
 
 Target = Literal["boxes", "states"]
 CHANNELS = {"boxes": 4, "states": 18}
+SET_ENCODERS = {"relation": RelationEncoder, "pooled": PooledEncoder}
 # Where the seeds of each part's scenes begin, whatever the training's seed; of a seed a CPU generator takes 32 bits.
 SEEDS = {"train": 0, "validation": 1 << 24, "test": 2 << 24}
 STREAM = 1 << 31  # new scenes for every batch
@@ -128,6 +129,9 @@ class ClevrExperiment:
         )
         network = parser.add_argument_group("network")
         network.add_argument("--backbone", choices=list(BACKBONES), default="resnet34", help="default: resnet34")
+        network.add_argument(
+            "--set-encoder", choices=list(SET_ENCODERS), default="relation", help="of dspn, idspn; default: relation"
+        )
         network.add_argument("--latent", type=int, default=512, help="size of the vector; default: 512")
         network.add_argument(
             "--width", type=int, default=512, help="hidden units of set encoder, baselines; default: 512"
@@ -166,7 +170,7 @@ class ClevrExperiment:
 
     def build(self, options: argparse.Namespace) -> tuple[SetPredictor, Loss]:
         """Make the network, image -> backbone -> vector -> decoder, and its loss: Hungarian + 0.1 representation."""
-        encoder = RelationEncoder(CHANNELS[self.target], options.latent, options.width)
+        encoder = SET_ENCODERS[options.set_encoder](CHANNELS[self.target], options.latent, options.width)
         decoder = make_decoder(
             options,
             encoder,

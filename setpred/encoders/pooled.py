@@ -60,21 +60,25 @@ class PooledEncoder(EncoderBase):
         self.reset_parameters()
 
     def _rows(self, x: Tensor) -> Tensor:
-        # Channels first, (in, B N): where small sets are differentiated twice, one product for all samples takes down to
-        # a seventh of the time of one for each, whose weights' gradients are as many matrices (tests/benchmarks). Each
-        # sample has whole blocks of 16 columns, so that its rounding is the same in every batch: BLAS has other kernels
-        # for columns that are left over, and a last digit can decide which of two nearly equal rows FSPool ranks first.
-        size = x.shape[1]
-        x = F.pad(x, (0, 0, 0, -size % 16))
-        samples = x.shape[:2]
-        x = x.permute(2, 0, 1).flatten(1)
+        # Products of equal shape, (out, in) x (in, columns), one for each sample: faster than one for all, whose rows
+        # lie far apart, and a sample's rounding is the same in every batch, where a last digit can decide which of two
+        # nearly equal rows FSPool ranks first. Small samples share a product, because the weights' gradient has a
+        # matrix for each product; no more of them than 64 columns hold, beyond which BLAS does not treat all columns
+        # alike. Samples of whole 16 bytes, because rounding goes by alignment too.
+        batch, size, channels = x.shape
+        columns = size + -size % 4
+        together = 1 if torch.compiler.is_exporting() else max(64 // columns, 1)  # a graph is for every batch size
+        products = (batch + together - 1) // together
+        x = F.pad(x, (0, 0, 0, columns - size, 0, products * together - batch))
+        x = x.view(products, together * columns, channels).mT.contiguous()
         *hidden, last = self.layers
         for layer in hidden:
             x = F.relu(_linear(layer, x), inplace=True)
-        return _linear(last, x).unflatten(1, samples)[..., :size].contiguous()
+        x = _linear(last, x).transpose(0, 1).reshape(self.row_channels, products * together, columns)
+        return x[:, :batch, :size].contiguous()
 
 
 def _linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """Apply an `nn.Linear` to columns: (in, M) -> (out, M)."""
+    """Apply an `nn.Linear` to columns: (M, in, columns) -> (M, out, columns)."""
     assert isinstance(layer, nn.Linear)  # for mypy: nn.ModuleList forgets it
-    return torch.addmm(layer.bias.unsqueeze(1), layer.weight, x)
+    return torch.baddbmm(layer.bias.unsqueeze(1), layer.weight.expand(len(x), -1, -1), x)
