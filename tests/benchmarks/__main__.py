@@ -31,7 +31,7 @@ from setpred import (
 from setpred.functional import argsort_descending
 from tests import oracles
 from tests.benchmarks.test_losses import chamfer_by_broadcasting, huber_by_broadcasting, seconds
-from tests.benchmarks.test_steps import BATCH, Clevr, Function, Mnist, infer, products
+from tests.benchmarks.test_steps import BATCH, Clevr, ClevrPooled, Function, Mnist, infer, products
 
 # (name, ours, name of the reference, reference)
 Row = tuple[str, Function, str, Function]
@@ -39,8 +39,9 @@ Row = tuple[str, Function, str, Function]
 
 def steps() -> Iterator[Row]:
     """The paper's two shapes, 10 inner steps, batch of 32."""
-    for work in (Clevr, Mnist):
-        name, title, what = work.__name__, work.__name__.upper(), "matrix products alone"
+    works = {"CLEVR": Clevr, "CLEVR with PooledEncoder": ClevrPooled, "MNIST": Mnist}
+    for title, work in works.items():
+        name, what = work.__name__, "matrix products alone"
         yield f"{title}: training, unrolled", work("unrolled").train, what, products(name, 10, 10, 1)
         yield f"{title}: training, implicit", work("implicit").train, what, products(name, 10, 1, 1)
         yield f"{title}: inference", infer(work("unrolled")), what, products(name, 10, 0, 0)

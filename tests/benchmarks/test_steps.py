@@ -17,8 +17,10 @@ Function = Callable[[], object]
 class Clevr:
     """CLEVR state: sets of 10 x 18, relation encoder of 512, Hungarian loss on the last set + representation loss."""
 
+    make_encoder: type[RelationEncoder | PooledEncoder] = RelationEncoder
+
     def __init__(self, differentiate: str) -> None:
-        encoder = RelationEncoder(18, 512, 512)
+        encoder = self.make_encoder(18, 512, 512)
         self.decoder = DSPNDecoder(encoder, set_size=10, channels=18, differentiate=differentiate)
         self.loss = DSPNLoss(encoder, HungarianLoss(), steps="last")
         self.z = torch.randn(BATCH, 512, requires_grad=True)
@@ -28,6 +30,12 @@ class Clevr:
         self.decoder.zero_grad()
         prediction = self.decoder(self.z, record=False)
         self.loss(prediction, self.target, self.mask, self.z).backward()
+
+
+class ClevrPooled(Clevr):
+    """The same with three layers on each element instead of two on each pair."""
+
+    make_encoder = PooledEncoder
 
 
 class Mnist:
@@ -58,6 +66,7 @@ def infer(work: Clevr | Mnist) -> Function:
 # (rows out, rows in, columns) of the encoder's layers.
 LAYERS = {
     "Clevr": [(1024, 19, BATCH * 10), (512, 512, BATCH * 100)],
+    "ClevrPooled": [(512, 19, BATCH * 10), *[(512, 512, BATCH * 10)] * 2],
     "Mnist": [(256, 3, BATCH * 342), (256, 256, BATCH * 342), (64, 256, BATCH * 342)],
 }
 
@@ -90,13 +99,13 @@ def _seed() -> None:
 
 
 @pytest.mark.parametrize("differentiate", ["unrolled", "implicit"])
-@pytest.mark.parametrize("work", [Clevr, Mnist])
+@pytest.mark.parametrize("work", [Clevr, ClevrPooled, Mnist])
 def test_training_step(benchmark, work, differentiate) -> None:
     benchmark.group = f"{work.__name__}: training step"
     benchmark.pedantic(work(differentiate).train, rounds=5, warmup_rounds=1)
 
 
-@pytest.mark.parametrize("work", [Clevr, Mnist])
+@pytest.mark.parametrize("work", [Clevr, ClevrPooled, Mnist])
 def test_inference(benchmark, work) -> None:
     benchmark.group = f"{work.__name__}: inference"
     benchmark.pedantic(infer(work("unrolled")), rounds=5, warmup_rounds=1)

@@ -36,3 +36,16 @@ def test_tuned_run_whose_weights_are_gone_is_trained_again(tmp_path):
     (run / "result.json").write_text(json.dumps({"best": {"score": 1.0}}))
     compare.main(arguments)
     assert json.loads((run / "result.json").read_text())["test"]["-"]["chamfer"] > 0
+
+
+def test_learning_rates_may_be_tuned_in_shorter_runs(tmp_path):
+    arguments = ["mnist_sets", "--decoders", "mlp", "--lrs", "0.01", "--seeds", "2", "--seconds", "0.4"]
+    arguments += ["--tune-seconds", "0.2", "--quick", "--validations", "2", "--out", str(tmp_path)]
+    compare.main(arguments)
+    results = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*/result.json")}
+    assert set(results) == {"mlp-lr0.01-seed0-0.2s", "mlp-lr0.01-seed0", "mlp-lr0.01-seed1"}
+    assert {name for name, result in results.items() if "test" in result} == {"mlp-lr0.01-seed0", "mlp-lr0.01-seed1"}
+    budgets = {
+        path.parent.name: json.loads(path.read_text())["options"]["seconds"] for path in tmp_path.glob("*/config.json")
+    }
+    assert budgets == {"mlp-lr0.01-seed0-0.2s": 0.2, "mlp-lr0.01-seed0": 0.4, "mlp-lr0.01-seed1": 0.4}
