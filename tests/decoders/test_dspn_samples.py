@@ -31,21 +31,25 @@ def largest_difference(decoder: DSPNDecoder, z: Tensor, sizes: tuple[int, ...], 
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(
-    ("make_encoder", "size", "channels", "features"),
+    ("make_encoder", "size", "channels", "features", "samples"),
     [
-        (lambda: RelationEncoder(18, 512), 10, 18, 512),
-        (lambda: PooledEncoder(2, 64), 30, 2, 64),
-        (lambda: PooledEncoder(18, 512, 512), 10, 18, 512),
+        (lambda: RelationEncoder(18, 512), 10, 18, 512, 7),
+        (lambda: PooledEncoder(2, 64), 30, 2, 64, 33),
+        (lambda: PooledEncoder(18, 512, 512), 10, 18, 512, 33),
+        (lambda: PooledEncoder(4, 256, 128), 3, 4, 256, 33),
     ],
-    ids=["relation", "pooled", "pooled, few rows"],
+    ids=["relation", "pooled", "pooled, few rows", "pooled, three rows"],
 )
 def test_a_sample_alone_is_decoded_as_in_any_batch(
-    seed: int, make_encoder: Callable[[], nn.Module], size: int, channels: int, features: int
+    seed: int, make_encoder: Callable[[], nn.Module], size: int, channels: int, features: int, samples: int
 ) -> None:
     torch.manual_seed(seed)
     decoder = DSPNDecoder(make_encoder(), 10, 25.0, set_size=size, channels=channels).eval()
+    # RelationEncoder's larger product is one for all samples; under AVX2 its rounding differs between batches, which
+    # now and then changes a rank.
+    most = 1e-3 if isinstance(decoder.encoder, RelationEncoder) else 1e-5
     with torch.no_grad():
-        assert largest_difference(decoder, torch.randn(7, features), (2, 7), samples=2) < 1e-5
+        assert largest_difference(decoder, torch.randn(samples, features), (2, 7, samples), samples) < most
 
 
 @pytest.mark.parametrize("name", ["paper", "idspn"])
