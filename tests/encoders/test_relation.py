@@ -49,20 +49,3 @@ def test_a_pool_of_ones_own_sees_all_ordered_pairs() -> None:
     encoder = RelationEncoder(2, 4, 8, pool=Rows(), size_feature=True)
     assert encoder(torch.rand(3, 5, 2)).shape == (3, 4)
     assert encoder.pool.shape == (3, 25, 3)
-
-
-@pytest.mark.parametrize("batch", [2, 7, 32])
-@pytest.mark.parametrize("size", [6, 10])
-def test_a_sample_is_rounded_the_same_in_every_batch(batch: int, size: int) -> None:
-    encoder = RelationEncoder(18, 64, 128, size_feature=True)
-    elements, mask, v = torch.rand(batch, size, 18), torch.rand(batch, size), torch.randn(64)
-
-    def of(elements: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        elements, mask = elements.clone().requires_grad_(), mask.clone().requires_grad_()
-        vector = encoder(elements, mask)
-        return vector, *torch.autograd.grad((vector * v).sum(), (elements, mask))
-
-    together = of(elements, mask)
-    for b in range(min(batch, 4)):
-        alone = of(elements[b : b + 1], mask[b : b + 1])
-        assert all(torch.equal(a[0], t[b]) for a, t in zip(alone, together, strict=True))
