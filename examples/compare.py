@@ -34,7 +34,7 @@ RECIPES = {
         "all": "--schedule cosine --latent 256 --width 128 --batch-size 8 --validate-on 48 --validations 5",
         "dspn": "--batch-size 4 --inner-lr 3000 --eval-steps 10 20 30",
         # iDSPN's training seeks a minimum of the inner loss, which a longer, faster descent comes nearer to.
-        "idspn": "--batch-size 4 --inner-lr 3000 --inner-steps 10 --momentum 0.9 --anchor 0 "
+        "idspn": "--batch-size 4 --inner-lr 3000 --inner-steps 10 --momentum 0.97 --anchor 0 "
         "--eval-steps 10 20 30 200 --eval-inner-lr 1500 --eval-momentum 0.98",
     },
     # On few objects PooledEncoder takes half the time of RelationEncoder's step.
