@@ -56,7 +56,8 @@ def make_parser(name: str, description: str, *, eval_steps: Sequence[int], lr: f
 def parse(parser: argparse.ArgumentParser, name: str, arguments: list[str] | None) -> argparse.Namespace:
     """Parse, check what argparse cannot, and fill in what depends on other options."""
     options = parser.parse_args(arguments)
-    positive = ("batch_size", "lr", "validations", "validate_on", "threads", "inner_steps", "inner_lr", "eval_inner_lr")
+    positive = ("batch_size", "lr", "validations", "validate_on", "threads")
+    positive += ("inner_steps", "inner_lr", "eval_inner_lr", "persistent")
     for option in (*BUDGET, *positive):
         value = getattr(options, option)
         if value is not None and not value > 0:
@@ -70,6 +71,7 @@ def parse(parser: argparse.ArgumentParser, name: str, arguments: list[str] | Non
         "eval_inner_lr": DESCENT,
         "eval_momentum": DESCENT,
         "anchor": ("idspn",),
+        "persistent": ("idspn",),
         "loss_steps": ("dspn",),
     }
     for option, decoders in meaning.items():

@@ -27,6 +27,12 @@ def add_decoder_arguments(parser: argparse.ArgumentParser, *, eval_steps: Sequen
         "--loss-steps", choices=["all", "last"], help="which inner steps the set loss is averaged over (dspn)"
     )
     group.add_argument(
+        "--persistent",
+        type=int,
+        metavar="K",
+        help="keep K descents under way, each of which goes on for K training steps (idspn); default: 1",
+    )
+    group.add_argument(
         "--eval-steps",
         type=int,
         nargs="+",

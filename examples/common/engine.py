@@ -33,6 +33,7 @@ from common.cli import BUDGET, CARRIED_OUT, EVALUATED, make_parser, parse
 from common.curves import draw_curves
 from common.decoders import DESCENT, Loss
 from common.models import SetPredictor
+from common.persistent import PersistentDescents
 
 LOG_EVERY = 20  # steps
 EVALUATION_BATCH = 100
@@ -199,6 +200,7 @@ def _train(
         "running_steps": 0,
         "best": None,
     }
+    descents = PersistentDescents(options.persistent or 1)
     rng = None
     if options.resume and last.exists():
         checkpoint = load(last)
@@ -206,6 +208,7 @@ def _train(
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         rng = checkpoint["rng"]
+        descents.load_state_dict(checkpoint["descents"][accelerator.process_index], accelerator.device)
         state |= {name: checkpoint[name] for name in state if name != "options"}
         if main and state["best"] is not None and state["best"]["step"] == state["step"]:
             _save_best(state, model, out)  # the kill may have come between the two files
@@ -228,7 +231,7 @@ def _train(
         if len(loader) == 0:
             raise SystemExit(f"--batch-size {options.batch_size} is more than the training data")
     progress = Progress(options, None if loader is None else len(loader))
-    batches = _batches(accelerator, splits, loader, state["step"])
+    batches = _batches(accelerator, splits, loader, descents.batches_before(state["step"]))
     validations = int(progress(state["step"], state["seconds"]) * options.validations + 1e-9)  # done before
     on_one_thread = accelerator.device.type == "cpu" and torch.get_num_threads() == 1 and options.workers == 0
     clock = time.process_time if on_one_thread else time.perf_counter
@@ -245,9 +248,10 @@ def _train(
 
     def save_last() -> None:
         state["running_loss"] = running.item()
-        states = gather_object([_get_rng()])
+        rngs, left = gather_object([_get_rng()]), gather_object([descents.state_dict()])
         if main:
-            save(last, state | {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": states})
+            parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": rngs, "descents": left}
+            save(last, state | parts)
 
     bar = tqdm(
         desc=f"{experiment.name} {options.decoder}",
@@ -295,8 +299,10 @@ def _train(
             lr = options.lr * (1 if options.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * used)))
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            batch = next(batches)
-            value = loss(*_ordered(wrapped(batch), batch))
+            batch, start_at = descents.take(step, batches)
+            prediction, z = wrapped(batch, **start_at)
+            descents.leave(step, batch, prediction)
+            value = loss(prediction, batch, z)
             optimizer.zero_grad()
             accelerator.backward(value)
             optimizer.step()
@@ -323,11 +329,6 @@ def _train(
         raise SystemExit(130)
 
 
-def _ordered(output: tuple[Any, Tensor], batch: Batch) -> tuple[Any, Batch, Tensor]:
-    prediction, z = output
-    return prediction, batch, z
-
-
 def _agree(accelerator: Accelerator, used: float, due: bool, stop: bool) -> tuple[float, bool, bool]:
     """Let all processes decide alike: time and signals reach each of them at other moments."""
     if accelerator.num_processes > 1:
@@ -336,20 +337,20 @@ def _agree(accelerator: Accelerator, used: float, due: bool, stop: bool) -> tupl
     return used, bool(due), bool(stop)
 
 
-def _batches(accelerator: Accelerator, splits: Splits, loader: Any, step: int) -> Iterator[Batch]:
-    """Training batches from a step on, epoch after epoch; the order is a function of seed and epoch."""
+def _batches(accelerator: Accelerator, splits: Splits, loader: Any, k: int) -> Iterator[Batch]:
+    """Training batches from the k-th on, epoch after epoch; the order is a function of seed and epoch."""
     if loader is None:
         stream: Any = splits.train
         while True:
-            yield stream.batch(step * accelerator.num_processes + accelerator.process_index, accelerator.device)
-            step += 1
+            yield stream.batch(k * accelerator.num_processes + accelerator.process_index, accelerator.device)
+            k += 1
     while True:
-        epoch, done = divmod(step, len(loader))
+        epoch, done = divmod(k, len(loader))
         loader.set_epoch(epoch)
         rest = accelerator.skip_first_batches(loader, done) if done else loader
         for batch in rest:
             yield batch
-            step += 1
+            k += 1
 
 
 def _collate(items: Batch | list[Batch]) -> Batch:

@@ -10,6 +10,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
+from common.checkpoint import load
 from common.engine import Predictions, run
 from common.mnist import load_mnist, points_of
 from mnist_sets import MnistSets
@@ -46,6 +47,17 @@ def test_descent_can_be_changed_in_evaluation_alone(tmp_path):
     assert changed["test"] != trained["test"]
     other = start(tmp_path / "other", *plain, "--eval-momentum", "0.9", "--eval-inner-lr", "6")
     assert other["test"] == changed["test"]  # the training was the same
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_persistent_descents_go_on_after_a_stop(tmp_path, count):
+    options = ["--decoder", "idspn", "--inner-steps", "2", "--inner-lr", "3", "--persistent", str(count)]
+    start(tmp_path / "undisturbed", *options, "--steps", "9")
+    start(tmp_path / "stopped", *options, "--steps", "5")
+    start(tmp_path / "stopped", *options, "--steps", "9", "--resume")
+    found, expected = (load(tmp_path / name / "last.pt") for name in ("stopped", "undisturbed"))
+    torch.testing.assert_close(found["model"], expected["model"], rtol=0, atol=0)
+    assert len(expected["descents"][0]) == (count if count > 1 else 0)
 
 
 def test_metric_is_the_published_one():
@@ -86,5 +98,6 @@ def test_mnist_files_are_read_and_split(tmp_path):
 
 
 def test_data_without_torchvision_is_a_clear_error(tmp_path):
-    with mock.patch.dict(sys.modules, {"torchvision": None}), pytest.raises(SystemExit, match="needs a torchvision"):
+    absent = mock.patch.dict(sys.modules, {"torchvision": None, "torchvision.datasets": None})
+    with absent, pytest.raises(SystemExit, match="needs a torchvision"):
         load_mnist(tmp_path)
