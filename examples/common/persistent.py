@@ -13,10 +13,10 @@ from setpred import SetPrediction
 class PersistentDescents:
     """Batches to train on, whose inner descents are taken up again and again.
 
-    Evaluation descends for hundreds of steps, training for a few; and implicit differentiation trains what is at the end
-    of those few. So that training gets to where evaluation does, `count` descents are under way. They take turns, and
-    each goes on `count` times from where it was left, with the encoder as it is by then, before a new batch replaces it.
-    One is the usual training. Persistent chains are the same for samplers of energy-based models (Tieleman 2008).
+    Evaluation descends for hundreds of steps, training for a few, and implicit differentiation trains what is at the
+    end of those few. So that training gets to where evaluation does, `count` descents are under way. They take turns;
+    each is taken up `count` times where it was left, with the encoder as it is by then, before a new batch replaces
+    it. One is the usual training. The same are persistent chains in training energy-based models (Tieleman, 2008).
     """
 
     def __init__(self, count: int) -> None:
@@ -24,7 +24,7 @@ class PersistentDescents:
         self.left: dict[int, tuple[Batch, tuple[Tensor, Tensor]]] = {}  # batches, elements and masks by turn
 
     def is_new(self, step: int) -> bool:
-        """Whether a training step has a new batch; only one in `count` steps has, so that their ages are mixed."""
+        """Whether a training step has a new batch: one in `count` steps, so that all ages are trained alike."""
         round_, turn = divmod(step, self.count)
         return round_ == 0 or (round_ + turn) % self.count == 0
 
