@@ -2,8 +2,9 @@
 
 Each decoder is trained from seed 0 with each of the same learning rates. The one with the best validation score is
 trained from the other seeds too, and only those runs are evaluated on the test split; --tune-seconds tunes in shorter
-runs. Everything else that was chosen, in `RECIPES` below, was chosen on validation splits. Runs go side by side, one
-thread each. What is finished is kept in --out and skipped when the command is given again; what was cut short goes on.
+runs, --tune-seeds by the mean score over several seeds. Everything else that was chosen, in `RECIPES` below, was chosen
+on validation splits. Runs go side by side, one thread each. What is finished is kept in --out and skipped when the
+command is given again; what was cut short goes on.
 
     python examples/compare.py mnist_sets --seconds 600 --data DIR
     python examples/compare.py clevr_state --seconds 900
@@ -18,6 +19,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from common.checkpoint import MetricsFile
@@ -115,19 +117,23 @@ class Comparison:
         with ThreadPoolExecutor(self.options.jobs) as pool:
             list(pool.map(lambda run: self.train(run, test=test), runs))
 
-    def tuning(self, decoder: str) -> list[Run]:
-        """List the runs that choose a decoder's learning rate."""
-        return [Run(decoder, lr, 0, self.options.tune_seconds) for lr in self.options.lrs]
+    def tuning(self, decoder: str) -> dict[float, list[Run]]:
+        """List the runs that choose a decoder's learning rate, from several seeds each."""
+        seeds, seconds = range(self.options.tune_seeds), self.options.tune_seconds
+        return {lr: [Run(decoder, lr, seed, seconds) for seed in seeds] for lr in self.options.lrs}
+
+    def tuning_scores(self, decoder: str) -> dict[float, float]:
+        """Find the mean of the best validation scores for each learning rate that is through."""
+        results = {lr: [self.result(run) for run in runs] for lr, runs in self.tuning(decoder).items()}
+        return {lr: fmean(r["best"]["score"] for r in of if r) for lr, of in results.items() if None not in of}
 
     def tuned(self, decoder: str) -> Run | None:
-        """Find the tuning run with the best validation score; as the run from seed 0 with all seconds."""
-        runs = self.tuning(decoder)
-        scores = {run: result["best"]["score"] for run in runs if (result := self.result(run)) is not None}
-        if len(scores) < len(runs):
+        """Find the learning rate with the best score; as the run from seed 0 with all seconds."""
+        scores = self.tuning_scores(decoder)
+        if len(scores) < len(self.options.lrs):
             return None
         _, best = SELECTION[self.options.experiment]
-        chosen: Run = best(scores, key=lambda run: scores[run])
-        return chosen._replace(seconds=self.options.seconds)
+        return Run(decoder, best(scores, key=lambda lr: scores[lr]), 0, self.options.seconds)
 
     def tested(self, decoder: str) -> dict[Run, dict[str, Any]]:
         """Find the runs with test scores, at the tuned learning rate."""
@@ -161,8 +167,8 @@ class Comparison:
         experiment, tuning, rows = self.options.experiment, [], []
         columns, seconds = COLUMNS[experiment], self.options.tune_seconds
         for decoder in self.options.decoders:
-            results = [self.result(run) for run in self.tuning(decoder)]
-            tuning.append([decoder, *("-" if r is None else f"{r['best']['score']:.3g}" for r in results)])
+            scores = self.tuning_scores(decoder)
+            tuning.append([decoder, *(f"{scores[lr]:.3g}" if lr in scores else "-" for lr in self.options.lrs)])
             tested = self.tested(decoder)
             if not tested:
                 continue
@@ -195,6 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("experiment", choices=list(RECIPES))
     parser.add_argument("--seconds", type=float, required=True, help="training time of a run")
     parser.add_argument("--tune-seconds", type=float, help="of a run that tunes the learning rate; default: the same")
+    parser.add_argument("--tune-seeds", type=int, default=1, metavar="N", help="that tune it, 0..N-1; default: 1")
     parser.add_argument("--decoders", nargs="+", choices=DECODERS, default=list(DECODERS))
     parser.add_argument("--lrs", nargs="+", type=float, help="default: three values of each experiment")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="0..N-1; default: 3")
@@ -208,7 +215,8 @@ def main(arguments: list[str] | None = None) -> None:
     comparison = Comparison(options, extra)
     if not options.tables:
         # The decoders take turns, so that what is done at any moment is comparable.
-        turns = zip(*(comparison.tuning(decoder) for decoder in options.decoders), strict=True)
+        tuning = [comparison.tuning(decoder) for decoder in options.decoders]
+        turns = [runs for lr in options.lrs for runs in zip(*(of[lr] for of in tuning), strict=True)]
         comparison.train_all([run for turn in turns for run in turn], test=False)
         tuned = [run for decoder in options.decoders if (run := comparison.tuned(decoder)) is not None]
         comparison.train_all([run._replace(seed=s) for s in range(options.seeds) for run in tuned], test=True)

@@ -49,3 +49,21 @@ def test_learning_rates_may_be_tuned_in_shorter_runs(tmp_path):
         path.parent.name: json.loads(path.read_text())["options"]["seconds"] for path in tmp_path.glob("*/config.json")
     }
     assert budgets == {"mlp-lr0.01-seed0-0.2s": 0.2, "mlp-lr0.01-seed0": 0.4, "mlp-lr0.01-seed1": 0.4}
+
+
+def test_learning_rates_may_be_tuned_over_seeds(tmp_path, monkeypatch):
+    arguments = ["mnist_sets", "--decoders", "mlp", "--lrs", "0.01", "0.03", "--seeds", "2", "--seconds", "9"]
+    arguments += ["--tune-seeds", "2", "--out", str(tmp_path)]
+    for lr, scores in {"0.01": (3.0, 2.0), "0.03": (1.0, 5.0)}.items():  # from seed 0 alone, 0.03 is the best
+        for seed, score in enumerate(scores):
+            run = tmp_path / f"mlp-lr{lr}-seed{seed}"
+            run.mkdir()
+            result = {"best": {"score": score, "eval_steps": "-"}, "data": "numbers", "step": 1}
+            (run / "result.json").write_text(json.dumps(result | {"test": {"-": {"chamfer": score}}}))
+            line = {"step": 1, "seconds": 9.0, "validation": {"-": {"chamfer": score}}}
+            (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    monkeypatch.setattr(compare.subprocess, "run", lambda *_, **__: pytest.fail("a finished run was started again"))
+    compare.main(arguments)
+    table = (tmp_path / "tables.md").read_text()
+    assert [cell.strip() for cell in table.splitlines()[2].split("|")[1:-1]] == ["mlp", "2.5", "3"]
+    assert "2500.000" in table
