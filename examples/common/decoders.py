@@ -30,7 +30,8 @@ def add_decoder_arguments(parser: argparse.ArgumentParser, *, eval_steps: Sequen
         "--persistent",
         type=int,
         metavar="K",
-        help="keep K descents under way, each of which goes on for K training steps (idspn); default: 1",
+        help="keep K descents under way, each of which goes on for K training steps (idspn), so that an epoch's steps "
+        "see a K-th of the data; default: 1",
     )
     group.add_argument(
         "--eval-steps",
