@@ -59,7 +59,7 @@ class RelationEncoder(EncoderBase):
         # One product a sample, so that a sample's rounding is the same in every batch: BLAS has other kernels for few
         # columns, and a last digit can decide which of two nearly equal rows FSPool ranks first. And a width of whole
         # 16 bytes, because the gradient's rounding goes by how its memory is aligned. The second, larger product is one
-        # for all, for speed: its columns are alike with AVX-512; with AVX2 the batch moved predictions by up to 1e-4.
+        # for all, for speed: most columns are alike with AVX-512; with AVX2 the batch moved predictions by up to 1e-4.
         size = x.shape[1]
         padding = (0, -x.shape[-1] % 4)
         x = F.pad(x, padding)
