@@ -41,7 +41,7 @@ RECIPES = {
     },
     # Of few objects PooledEncoder decodes in half of RelationEncoder's time.
     "clevr_state": {"all": CLEVR, "dspn": "--set-encoder pooled --inner-lr 300"},
-    "clevr_boxes": {"all": CLEVR, "dspn": "--set-encoder pooled --inner-lr 100 --loss-steps last"},
+    "clevr_boxes": {"all": CLEVR, "dspn": "--set-encoder pooled --inner-lr 30 --loss-steps last"},
 }
 LEARNING_RATES = {
     "mnist_sets": [3e-3, 1e-2, 3e-2],
