@@ -317,8 +317,8 @@ def test_a_sample_is_rounded_the_same_in_every_batch(cls: type[EncoderBase], siz
         return encoder(elements[part], mask[part]), *gradients(encoder, elements[part], mask[part], z)
 
     together = of(slice(None))
-    # BLAS with AVX-512 treats the columns of PooledEncoder's products alike. RelationEncoder's larger product is one for
-    # the whole batch: on some machines its last columns are rounded differently.
+    # BLAS with AVX-512 treats the columns of PooledEncoder's products alike. RelationEncoder's larger product is one
+    # for the whole batch: on some machines its last columns are rounded differently.
     exact = cls is PooledEncoder and torch.backends.cpu.get_cpu_capability() == "AVX512"
     tolerance = 0 if exact else 1e-4
     for b in range(batch):
