@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 
 def draw_curves(lines: Sequence[Mapping[str, Any]], score: str, title: str, path: Path) -> None:
@@ -57,6 +58,9 @@ def draw_comparison(
             right.plot(steps, scores, color=f"C{i}", linewidth=1)
     left.set(xlabel="training seconds", ylabel=f"validation {score}", yscale="log")
     right.set(xlabel="training steps", xscale="log")
+    right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.xaxis.set_major_formatter("{x:,.0f}")
+    right.xaxis.set_minor_formatter(NullFormatter())
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
