@@ -45,8 +45,9 @@ def test_a_sample_alone_is_decoded_as_in_any_batch(
 ) -> None:
     torch.manual_seed(seed)
     decoder = DSPNDecoder(make_encoder(), 10, 25.0, set_size=size, channels=channels).eval()
-    # On some machines RelationEncoder's larger product is rounded differently between batches: a rank may change.
-    most = 1e-5 if isinstance(decoder.encoder, PooledEncoder) else 1e-3
+    # Under AVX2 the rounding of RelationEncoder's larger product differs between batches: now and then a rank changes.
+    rounded_alike = torch.backends.cpu.get_cpu_capability() == "AVX512" or isinstance(decoder.encoder, PooledEncoder)
+    most = 1e-5 if rounded_alike else 1e-3
     with torch.no_grad():
         assert largest_difference(decoder, torch.randn(samples, features), (2, 7, samples), samples) < most
 

@@ -317,9 +317,9 @@ def test_a_sample_is_rounded_the_same_in_every_batch(cls: type[EncoderBase], siz
         return encoder(elements[part], mask[part]), *gradients(encoder, elements[part], mask[part], z)
 
     together = of(slice(None))
-    # BLAS with AVX-512 treats the columns of PooledEncoder's products alike. RelationEncoder's larger product is one
-    # for the whole batch: on some machines its last columns are rounded differently.
-    exact = cls is PooledEncoder and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    # BLAS with AVX-512 treats all columns alike, but not on every machine if they are few: RelationEncoder has one for
+    # a set of one, and nine for a set of three.
+    exact = torch.backends.cpu.get_cpu_capability() == "AVX512" and (cls is PooledEncoder or size > 3)
     tolerance = 0 if exact else 1e-4
     for b in range(batch):
         for a, t in zip(of(slice(b, b + 1)), together, strict=True):
