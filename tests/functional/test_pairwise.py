@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
 
 from setpred.functional.pairwise import cross_entropy_cost, on_channels, paired_cost, pairwise_cost, sum_costs
 from tests import oracles
+from tests.devices import gradcheck, gradgradcheck
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 DOUBLE = {"dtype": torch.float64}
