@@ -232,7 +232,7 @@ class AveragePrecision:
         check_choice("average", average, AVERAGES)
         if recall_points is not None:
             check_at_least("recall_points", recall_points, 2)
-        self.thresholds = torch.as_tensor(thresholds, dtype=torch.float64)
+        self.thresholds = torch.as_tensor(thresholds, dtype=torch.float64, device="cpu")
         if self.thresholds.dim() > 1 or self.thresholds.numel() == 0:
             raise ValueError(f"`thresholds` must be a number or several, got {thresholds!r}")
         self.rule, self.largest, self.matching, self.ties = rule, largest, matching, ties
@@ -336,7 +336,7 @@ class AveragePrecision:
             right[:, exists],
             exists.sum(1),
             present.sum(1),
-            torch.full((len(pred),), float(batch) if self.first_only else 1.0),
+            self.thresholds.new_full((len(pred),), batch if self.first_only else 1),
         )
         self._judged.append(_Judged(*(part.cpu() for part in judged)))
 
@@ -346,18 +346,19 @@ class AveragePrecision:
         Returns:
             One value per threshold, float64 on the CPU: a scalar, or shape ``(T,)``. NaN where there is no target.
         """
+        zeros = self.thresholds.new_zeros  # whatever the default device and dtype
         nothing = _Judged(
-            torch.zeros(0, dtype=torch.float64),
-            torch.zeros(self.thresholds.numel(), 0, dtype=torch.bool),
-            torch.zeros(0, dtype=torch.int64),
-            torch.zeros(0, dtype=torch.int64),
-            torch.zeros(0),
+            zeros(0),
+            zeros(self.thresholds.numel(), 0, dtype=torch.bool),
+            zeros(0, dtype=torch.int64),
+            zeros(0, dtype=torch.int64),
+            zeros(0),
         )
         parts = zip(*(nothing, *self._judged), strict=True)
         judged = _Judged(*(torch.cat(part, -1) for part in parts))
         if self.average == "pooled":
             return self._area(judged.score, judged.right, int(judged.targets.sum()))
-        total, weight = torch.zeros(self.thresholds.shape, dtype=torch.float64), 0.0
+        total, weight = zeros(self.thresholds.shape), 0.0
         sizes = judged.predictions.tolist()
         sets = zip(
             torch.split(judged.score, sizes),

@@ -38,7 +38,7 @@ def test_transport_equals_pot(epsilon: float) -> None:
         plan = ot.sinkhorn(*inputs, epsilon, method="sinkhorn_log", stopThr=1e-13, numItermax=20_000)
         plan = torch.as_tensor(plan)
         torch.testing.assert_close(found.plan[k][i][:, j], plan, **EXACT)
-        assert found.plan[k].sum() == pytest.approx(1, abs=1e-12)
+        assert found.plan[k].sum().item() == pytest.approx(1, abs=1e-12)
         entropy = (plan * (plan / (a[k][i].unsqueeze(1) * b[k][j])).log()).sum()
         torch.testing.assert_close(found.value[k], (plan * c).sum() + epsilon * entropy, **EXACT)
 
