@@ -33,7 +33,7 @@ def _argsort_float32(values: Tensor) -> Tensor:
     bits = (values + 0.0).view(torch.int32)
     descending = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).bitwise_not_()
     key = descending.to(torch.int64, memory_format=torch.contiguous_format).bitwise_left_shift_(32)
-    key.bitwise_or_(torch.arange(values.shape[-1], device=values.device))
+    key.bitwise_or_(torch.arange(values.shape[-1]))
     key.numpy().sort(axis=-1)
     return key.bitwise_and_(0xFFFFFFFF)
 
