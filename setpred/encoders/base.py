@@ -1,9 +1,12 @@
 """What every set encoder is: the protocol, and what the encoders of this library share."""
 
+from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.module import _has_any_global_hook
 from typing_extensions import override
 
 from setpred._checks import check_count, check_mask, check_shape
@@ -32,6 +35,29 @@ class SetEncoder(Protocol):
     def __call__(self, elements: Tensor, mask: Tensor | None, /) -> Tensor:
         """Encode sets ``(B, N, C)`` with masks ``(B, N)`` into vectors ``(B, D)``."""
         ...
+
+
+def parameter_dtype(encoder: object) -> torch.dtype | None:
+    """Dtype of the encoder's first floating parameter, None if it has none."""
+    for parameter in encoder.parameters() if isinstance(encoder, nn.Module) else ():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    return None
+
+
+def are_plain(layers: Iterable[nn.Module]) -> bool:
+    """Whether these layers do what `nn.Linear` does and no more, so that their products may be taken in another way.
+
+    What lives in the call of a layer (adapters, hooks, parametrisations, quantisation) would be passed by.
+    """
+    return not _has_any_global_hook() and all(  # type: ignore[no-untyped-call]
+        type(layer) is nn.Linear
+        and "forward" not in vars(layer)  # put in its place, as by accelerate
+        and not (layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks)
+        and type(layer.weight) in (nn.Parameter, Tensor, FakeTensor)
+        and layer.bias is not None
+        for layer in layers
+    )
 
 
 class EncoderBase(nn.Module):
