@@ -1,12 +1,11 @@
 """What every set encoder is: the protocol, and what the encoders of this library share."""
 
-from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as nn_module
 from typing_extensions import override
 
 from setpred._checks import check_count, check_mask, check_shape
@@ -45,19 +44,27 @@ def parameter_dtype(encoder: object) -> torch.dtype | None:
     return None
 
 
-def are_plain(layers: Iterable[nn.Module]) -> bool:
+def are_plain(*layers: nn.Module) -> bool:
     """Whether these layers do what `nn.Linear` does and no more, so that their products may be taken in another way.
 
     What lives in the call of a layer (adapters, hooks, parametrisations, quantisation) would be passed by.
     """
-    return not _has_any_global_hook() and all(  # type: ignore[no-untyped-call]
-        type(layer) is nn.Linear
-        and "forward" not in vars(layer)  # put in its place, as by accelerate
-        and not (layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks)
-        and type(layer.weight) in (nn.Parameter, Tensor, FakeTensor)
-        and layer.bias is not None
-        for layer in layers
-    )
+    hooks = [
+        nn_module._global_forward_pre_hooks,
+        nn_module._global_forward_hooks,
+        nn_module._global_backward_pre_hooks,
+        nn_module._global_backward_hooks,
+    ]
+    for layer in layers:
+        if (
+            type(layer) is not nn.Linear
+            or "forward" in layer.__dict__  # put in its place, as by accelerate
+            or type(layer.weight) not in (nn.Parameter, Tensor, FakeTensor)
+            or layer.bias is None
+        ):
+            return False
+        hooks += [layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks]
+    return not sum(map(len, hooks))  # PyTorch 2.7 does not compile any() here
 
 
 class EncoderBase(nn.Module):

@@ -61,7 +61,7 @@ class PooledEncoder(EncoderBase):
 
     def _rows(self, x: Tensor) -> Tensor:
         *hidden, last = self.layers
-        if not are_plain(self.layers):
+        if not are_plain(*self.layers) or len(x) == 0:  # PyTorch 2.7 does not pad an empty batch
             for layer in hidden:
                 x = F.relu(layer(x))
             rows: Tensor = last(x)

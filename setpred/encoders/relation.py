@@ -56,7 +56,7 @@ class RelationEncoder(EncoderBase):
         self.reset_parameters()
 
     def _rows(self, x: Tensor) -> Tensor:
-        if not are_plain((self.pair, self.out)):
+        if not are_plain(self.pair, self.out):
             each = x.expand(x.shape[1], *x.shape)  # (N, B, N, C+1)
             pairs = torch.cat([each.permute(1, 2, 0, 3), each.transpose(0, 1)], -1)
             rows: Tensor = self.out(F.relu(self.pair(pairs)))

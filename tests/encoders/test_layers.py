@@ -137,10 +137,10 @@ def as_plain_tensors(values: list[Tensor]) -> list[Tensor]:
 def test_called_layers_give_what_plain_ones_give(cls: type[EncoderBase], pool: str, make: Any) -> None:
     encoder = cls(2, 5, 6, pool=pool, size_feature=True, **DOUBLE)
     elements, mask = torch.randn(3, 4, 2, **DOUBLE), torch.rand(3, 4, **DOUBLE)
-    assert are_plain(layers(encoder))
+    assert are_plain(*layers(encoder))
     expected = derivatives(encoder, elements, mask)
     replace(encoder, make)
-    assert not are_plain(layers(encoder))
+    assert not are_plain(*layers(encoder))
     torch.testing.assert_close(as_plain_tensors(derivatives(encoder, elements, mask)), expected)
 
 
