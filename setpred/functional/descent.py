@@ -74,7 +74,8 @@ def _gradient(objective: Callable[[_Tensors], Tensor], y: _Tensors) -> _Gradient
 
     # torch.autograd.grad is faster, and takes whatever can be differentiated; torch.func.grad works where it does not.
     outer = torch.is_grad_enabled()
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or in_transform():
+    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()  # a trace, below autograd
+    if compiling or torch.is_inference_mode_enabled() or in_transform():
         # Before PyTorch 2.12, torch.func.grad gives zeros in inference mode. Leaving it turns grad mode on.
         with torch.inference_mode(False), torch.set_grad_enabled(outer):
             return _with_norm(*_by_func(total, y))
@@ -82,17 +83,32 @@ def _gradient(objective: Callable[[_Tensors], Tensor], y: _Tensors) -> _Gradient
         # Views, so that a part that was computed from another is not differentiated through it.
         leaf = tuple(part.view_as(part) if part.requires_grad else part.detach().requires_grad_() for part in y)
         value, loss = total(leaf)
-        found = torch.autograd.grad(value, leaf, create_graph=outer, allow_unused=True)
+        graph = outer and (any(part.requires_grad for part in y) or _depends_on_others(value, leaf))
+        found = torch.autograd.grad(value, leaf, create_graph=graph, allow_unused=True)
     if all(part is None for part in found):
         raise RuntimeError(_NO_GRADIENT)
     grad = tuple(torch.zeros_like(part) if g is None else g for g, part in zip(found, y, strict=True))
-    return _with_norm(grad, loss if outer else loss.detach())
+    return _with_norm(grad, loss if graph else loss.detach())
 
 
 _NO_GRADIENT = (
     "`objective(y)` must be differentiable with respect to y, got a value that no gradient leads to y from: is a part "
     "of it computed under torch.no_grad(), or detached? To keep parameters as they are, use requires_grad_(False)"
 )
+
+
+def _depends_on_others(value: Tensor, leaves: _Tensors) -> bool:
+    """Whether anything that requires a gradient, but for these leaves, has a part in a value."""
+    nodes, seen = [value.grad_fn], set()
+    while nodes:
+        for node, _ in nodes.pop().next_functions:  # type: ignore[union-attr]
+            if node is not None and node not in seen:
+                variable = getattr(node, "variable", None)  # of a leaf
+                if variable is not None and all(variable is not leaf for leaf in leaves):
+                    return True
+                seen.add(node)
+                nodes.append(node)
+    return False
 
 
 def _by_func(total: Callable[[_Tensors], tuple[Tensor, Tensor]], y: _Tensors) -> tuple[_Tensors, Tensor]:

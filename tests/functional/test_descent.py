@@ -657,6 +657,29 @@ def test_checkpoint_refuses_transforms() -> None:
         )(START)
 
 
+# Where nothing outside wants a gradient
+
+
+@BOTH_DERIVATIVES
+@BOTH_GRADIENTS
+@pytest.mark.parametrize("wanted", ["weight", "z", "init", None])
+def test_a_result_requires_a_gradient_where_something_outside_does(
+    wanted: str | None, gradient: str, differentiate: str
+) -> None:
+    problem = Problem(3)
+    for name in ("weight", "z", "init"):
+        setattr(problem, name, getattr(problem, name).detach().requires_grad_(name == wanted))
+    if wanted == "z":
+        problem.z = problem.z * 1  # as behind a backbone
+    result = descend(
+        problem.objective, problem.init, steps=3, lr=0.5, gradient=gradient, differentiate=differentiate, record=True
+    )
+    expected = wanted in ("weight", "z") or (wanted == "init" and differentiate == "unrolled")
+    assert result.value.requires_grad == expected
+    if differentiate == "unrolled":
+        assert all(part.requires_grad == expected for part in result[1:])
+
+
 # What cannot be differentiated
 
 
