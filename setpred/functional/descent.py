@@ -74,8 +74,7 @@ def _gradient(objective: Callable[[_Tensors], Tensor], y: _Tensors) -> _Gradient
 
     # torch.autograd.grad is faster, and takes whatever can be differentiated; torch.func.grad works where it does not.
     outer = torch.is_grad_enabled()
-    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()  # a trace, below autograd
-    if compiling or torch.is_inference_mode_enabled() or in_transform():
+    if torch.compiler.is_dynamo_compiling() or torch.is_inference_mode_enabled() or in_transform():
         # Before PyTorch 2.12, torch.func.grad gives zeros in inference mode. Leaving it turns grad mode on.
         with torch.inference_mode(False), torch.set_grad_enabled(outer):
             return _with_norm(*_by_func(total, y))
