@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 
+def in_transform() -> bool:
+    """Whether code runs inside of vmap, grad or another transform of torch.func, where tensors show no values."""
+    return torch._C._are_functorch_transforms_active()  # the only private name: there is no public one
+
+
 def _described(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
@@ -43,7 +48,7 @@ def check_mask(name: str, mask: Tensor | None, shape: torch.Size | tuple[int, ..
         raise TypeError(f"`{name}` must be a tensor or None, got {_described(mask)}")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"`{name}` must be bool or floating (1 = present), got {_described(mask)}")
-    if mask.shape != torch.Size(shape):
+    if mask.shape != tuple(shape):
         raise ValueError(f"`{name}` must have shape {tuple(shape)}, got {_described(mask)}")
 
 
