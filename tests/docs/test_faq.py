@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -38,17 +37,6 @@ def train(encoder: Callable[..., torch.Tensor]) -> None:
     DSPNDecoder(encoder, set_size=5, channels=2)(torch.randn(3, 5)).elements.sum().backward()
 
 
-class Square(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return 2 * ctx.saved_tensors[0] * grad
-
-
 def decode_in_inference_mode() -> None:
     encoder = PooledEncoder(2, 8, 8)
     encoder.register_full_backward_hook(lambda *_: None)
@@ -79,7 +67,6 @@ CALLS: list[Callable[[], object]] = [
     decode_in_inference_mode,
     lambda: FSPool(2, relaxed=1.0)(sets, mask),
     lambda: linear_assignment(torch.rand(1, 2, 2), solver="cuda"),
-    lambda: train(lambda elements, mask: Square.apply(elements).sum(-1) * mask),
     lambda: train(lambda elements, mask: torch.cdist(elements, elements).sum(-1) * mask),
 ]
 
