@@ -20,7 +20,7 @@ class SetEncoder(Protocol):
     (1 = present) or None (all present), and returns ``(B, D)``. To decode sets with it, it must
 
     - not depend on the order of the elements, nor on the other samples of the batch;
-    - be differentiable twice (training differentiates its gradient). `torch.cdist` is not.
+    - be differentiable twice (training differentiates its gradient). Before PyTorch 2.14, `torch.cdist` is not.
 
     Example:
         >>> def mean_encoder(elements, mask):

@@ -37,7 +37,7 @@ def _of_all_pairs(x: Tensor, y: Tensor, cost: str) -> Tensor:
     if channels == 0:
         return x.new_zeros(*batch, n, m)
     graph = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    if cost != "huber" and not graph:  # cdist never stores the differences, but has no second derivative
+    if cost != "huber" and not graph:  # cdist never stores the differences; before 2.14 it has no second derivative
         if cost == "l1":
             return torch.cdist(x, y, p=1.0) / channels
         return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square() / channels

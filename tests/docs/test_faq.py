@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -91,10 +92,15 @@ CALLS: list[Callable[[], object]] = [
     lambda: train(lambda elements, mask: torch.cdist(elements, elements).sum(-1) * mask),
 ]
 
+# Those that only older versions of PyTorch give: the first that does not.
+GONE_SINCE = {"the derivative for '_cdist_backward' is not implemented": "2.14"}
+
 
 @pytest.mark.parametrize(("message", "call"), list(zip(MESSAGES, CALLS, strict=True)), ids=MESSAGES)
 def test_message(message: str, call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assignment, "_cuda_solver_installed", lambda: False)  # also where it is
     shown = re.escape(message.removesuffix(" ..."))
-    with pytest.raises((ValueError, TypeError, RuntimeError, ImportError), match=shown):
+    gone = message in GONE_SINCE and torch.__version__ >= GONE_SINCE[message]
+    errors = (ValueError, TypeError, RuntimeError, ImportError)
+    with nullcontext() if gone else pytest.raises(errors, match=shown):
         call()
