@@ -4,6 +4,7 @@ An error names the argument, what was expected and what came. Only shapes, dtype
 are checked: looking at tensor values would wait for the device and break `torch.compile`.
 """
 
+import math
 from collections.abc import Collection
 from numbers import Integral, Real
 
@@ -64,6 +65,13 @@ def check_number(name: str, value: object) -> None:
     """Raise unless ``value`` is a real number."""
     if not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number, got {_described(value)}")
+
+
+def check_finite(name: str, value: object) -> None:
+    """Raise unless ``value`` is a finite real number."""
+    check_number(name, value)
+    if not math.isfinite(value):  # type: ignore[arg-type]
+        raise ValueError(f"`{name}` must be finite, got {value!r}")
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:

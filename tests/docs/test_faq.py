@@ -16,6 +16,7 @@ from setpred import (
     SetPrediction,
     hungarian_loss,
     linear_assignment,
+    on_channels,
     pad_sets,
 )
 from setpred.functional import assignment
@@ -26,6 +27,7 @@ FAQ = (Path(__file__).parents[2] / "docs/faq.md").read_text()
 MESSAGES = [message for _, message in ENTRY.findall(FAQ)]
 
 rows, sets, mask = torch.rand(8, 10, 4), torch.rand(3, 5, 2), torch.ones(3, 5)
+eight_to_twelve = on_channels("l1", slice(8, 12))
 
 
 def decoder(**options: object) -> DSPNDecoder:
@@ -61,6 +63,7 @@ CALLS: list[Callable[[], object]] = [
     lambda: outer_loss(decoder(differentiate="implicit")(torch.randn(3, 8), record=True)),
     lambda: linear_assignment(torch.full((4, 10, 10), torch.nan).index_fill(0, torch.arange(3), 0.0)),
     lambda: linear_assignment(torch.full((1, 2, 2), torch.inf)),
+    lambda: hungarian_loss(torch.rand(1, 2, 6), torch.rand(1, 2, 6), cost=eight_to_twelve, presence="none"),
     lambda: decoder(nesterov=True),
     lambda: decoder(mask_clamp=None, init=nn.Identity())(torch.randn(3, 8), init=(sets, mask)),
     decode_in_inference_mode,
