@@ -20,6 +20,7 @@ from setpred import (
     pad_sets,
 )
 from setpred.functional import assignment
+from setpred.metrics import average_precision
 
 # An entry of the FAQ's list: the message between backticks, then what to do.
 ENTRY = re.compile(r"^(`+) ?(.+?) ?\1\n:", re.MULTILINE)
@@ -68,6 +69,8 @@ CALLS: list[Callable[[], object]] = [
     lambda: decoder(mask_clamp=None, init=nn.Identity())(torch.randn(3, 8), init=(sets, mask)),
     decode_in_inference_mode,
     lambda: FSPool(2, relaxed=1.0)(sets, mask),
+    lambda: average_precision(rows, torch.full((8, 10), torch.nan), rows),
+    lambda: average_precision(rows, torch.rand(8, 10), rows, pred_mask=torch.rand(8, 10)),
     lambda: linear_assignment(torch.rand(1, 2, 2), solver="cuda"),
     lambda: train(lambda elements, mask: torch.cdist(elements, elements).sum(-1) * mask),
 ]
