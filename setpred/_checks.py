@@ -5,11 +5,30 @@ are checked: looking at tensor values would wait for the device and break `torch
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+
+
+def in_transform() -> bool:
+    """Whether code runs inside of vmap, grad or another transform of torch.func, where tensors show no values."""
+    return torch._C._are_functorch_transforms_active()  # the only private name: there is no public one
+
+
+def explained(name: str, reason: str) -> AbstractContextManager[object]:
+    """Where PyTorch refuses what is inside of this in a transform, name the function and say why."""
+    return _explaining(name, reason) if in_transform() else nullcontext()
+
+
+@contextmanager
+def _explaining(name: str, reason: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"`{name}` cannot run inside of this transform of torch.func: {reason}") from error
 
 
 def _described(value: object) -> str:

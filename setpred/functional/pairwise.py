@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from setpred._checks import check_choice, check_finite, check_shape
+from setpred._checks import check_choice, check_finite, check_shape, in_transform
 
 PairwiseCost = Callable[[Tensor, Tensor], Tensor]
 Cost = Literal["huber", "mse", "l1"] | PairwiseCost
@@ -26,12 +26,21 @@ def check_cost(name: str, cost: object) -> None:
         check_choice(name, cost, COSTS)
 
 
+def huber(x: Tensor, y: Tensor) -> Tensor:
+    """Smooth L1 with beta 1, elementwise, with broadcasting."""
+    if in_transform():  # the operator's batching rule takes other shapes for equal ones, silently too
+        difference = x - y
+        size = difference.abs()
+        return torch.where(size < 1, 0.5 * difference.square(), size - 0.5)
+    if torch.is_grad_enabled() and x.shape != y.shape:  # its gradient knows no broadcasting
+        x, y = torch.broadcast_tensors(x, y)  # type: ignore[no-untyped-call]
+    loss: Tensor = torch.ops.aten.smooth_l1_loss.default(x, y, 0, 1.0)  # F's function warns of broadcasting
+    return loss
+
+
 def _elementwise(x: Tensor, y: Tensor, cost: str) -> Tensor:
     if cost == "huber":
-        if torch.is_grad_enabled() and x.shape != y.shape:  # its gradient knows no broadcasting
-            x, y = torch.broadcast_tensors(x, y)  # type: ignore[no-untyped-call]
-        loss: Tensor = torch.ops.aten.smooth_l1_loss.default(x, y, 0, 1.0)  # F's function warns of broadcasting
-        return loss
+        return huber(x, y)
     return (x - y).square() if cost == "mse" else (x - y).abs()
 
 
@@ -39,7 +48,8 @@ def _of_all_pairs(x: Tensor, y: Tensor, cost: str) -> Tensor:
     (*batch, n, channels), m = x.shape, y.shape[-2]
     if channels == 0:
         return x.new_zeros(*batch, n, m)
-    graph = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    # Inside of vmap, a tensor does not say whether it requires a gradient.
+    graph = in_transform() or (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad))
     if cost != "huber" and not graph:  # cdist never stores the differences, but has no second derivative
         if cost == "l1":
             return torch.cdist(x, y, p=1.0) / channels

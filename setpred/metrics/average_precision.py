@@ -17,6 +17,7 @@ from setpred._checks import (
     check_positive,
     check_shape,
     check_tensor,
+    in_transform,
 )
 
 Rule = Callable[[Tensor, Tensor], Tensor]
@@ -363,6 +364,8 @@ class AveragePrecision:
             ValueError: If a shape is wrong, a score that counts is NaN, or a mask holds others than 0 and 1.
             TypeError: If a dtype is wrong.
         """
+        if in_transform():
+            raise RuntimeError("`AveragePrecision` cannot run inside of torch.func's transforms: it keeps values")
         check_shape("pred", pred, "B", "N", "C")
         check_shape("score", score, *pred.shape[:2])
         check_shape("target", target, pred.shape[0], "M", pred.shape[2])
