@@ -63,7 +63,7 @@ def check_mask(name: str, mask: Tensor | None, shape: torch.Size | tuple[int, ..
         raise TypeError(f"`{name}` must be a tensor or None, got {_described(mask)}")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"`{name}` must be bool or floating (1 = present), got {_described(mask)}")
-    if mask.shape != torch.Size(shape):
+    if mask.shape != tuple(shape):
         raise ValueError(f"`{name}` must have shape {tuple(shape)}, got {_described(mask)}")
 
 

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from typing_extensions import override
@@ -20,7 +22,8 @@ from setpred._checks import (
     check_positive,
     check_shape,
 )
-from setpred.encoders.base import SetEncoder
+from setpred.encoders.base import SetEncoder, parameter_dtype
+from setpred.functional._recompute import uncompiled
 from setpred.functional.descent import Descent, descend
 from setpred.losses.representation import KINDS, Kind, representation_loss
 from setpred.sets import SetPrediction, Trajectory
@@ -44,9 +47,9 @@ class DSPNDecoder(nn.Module):
     the elements. The loss is a mean over features and a sum over samples: a sample is decoded the same in every batch.
 
     Works in training and evaluation mode, under ``no_grad`` and ``inference_mode``, and compiles with
-    ``torch.compile(fullgraph=True)``. An encoder with a BatchNorm in training mode or with backward hooks is
-    differentiated by ``torch.autograd.grad`` instead, which does not compile. While gradients are wanted,
-    attention inside the encoder uses PyTorch's math kernel: the fused ones have no second derivative.
+    ``torch.compile(fullgraph=True)``. ``torch.compile`` leaves the descent out where the encoder has a BatchNorm in
+    training mode or backward hooks, and under ``checkpoint``. While gradients are wanted, attention inside the encoder
+    uses PyTorch's math kernel: the fused ones have no second derivative.
 
     Args:
         encoder: Set encoder H, called as ``encoder(elements, mask)``; see :class:`setpred.SetEncoder`.
@@ -67,8 +70,8 @@ class DSPNDecoder(nn.Module):
             :math:`Y_0` receives a gradient only through ``anchor``: without it, a learned :math:`Y_0` stays as it was
             drawn (and does not require a gradient).
         checkpoint: Whether ``"unrolled"`` keeps only the sets and computes each step again in the backward pass: the
-            same gradients in the memory of one step, for more time. Does not compile. What an encoder counts when it
-            is called, such as batch normalisation's statistics, it counts twice.
+            same gradients in the memory of one step, for more time. What an encoder counts when it is called, such as
+            batch normalisation's statistics, it counts twice.
         init: :math:`Y_0`: ``"learned"`` (one parameter, uniform in [0, 1]), ``"random"`` (0.1 times standard normal,
             drawn at each call), or a module from z to elements ``(B, N, C)``, or to elements and mask ``(B, N)``. Masks
             start at 0.5 unless the module gives them. Other sets than the learned one are carried in the dtype of the
@@ -258,7 +261,10 @@ class DSPNDecoder(nn.Module):
         if record is None:
             record = self.training and self.differentiate == "unrolled"
         elements, mask = self._initial(z, init, generator)
-        descent = self._descend(z, elements, mask, iters or self.iters, record)
+        descended = self._descend
+        if torch.compiler.is_compiling() and _refuses_func_grad(self.encoder):
+            descended = uncompiled(descended)
+        descent = descended(z, elements, mask, iters or self.iters, record)
         ones = z.new_ones(elements.shape[:2], dtype=elements.dtype)
         elements, mask = descent.value if mask is not None else (*descent.value, ones)
         if descent.trajectory is None or descent.loss is None or descent.grad_norm is None:
@@ -271,7 +277,7 @@ class DSPNDecoder(nn.Module):
         """Elements, and mask if one is carried, before the first step."""
         shape = (len(z), self.set_size, self.channels)
         # The descent is carried in the precision of the encoder, whatever autocast made of z or of the module's result.
-        dtype = _dtype(self.encoder)
+        dtype = parameter_dtype(self.encoder)
         given: Any = init
         if given is None:
             if self.initial_elements is not None:
@@ -295,12 +301,23 @@ class DSPNDecoder(nn.Module):
     def _descend(
         self, z: Tensor, elements: Tensor, mask: Tensor | None, iters: int, record: bool
     ) -> Descent[tuple[Tensor, ...]]:
-        start = elements
+        start, differentiable = elements, torch.is_grad_enabled()
+        checkpoint = self.checkpoint and differentiable
+        encode = self.encoder
+        if checkpoint and isinstance(encode, nn.Module):
+            # With the tensors of now: outside of a functional_call, the backward pass would find the module's own.
+            state = dict(encode.named_parameters()) | dict(encode.named_buffers())
+            encode = partial(_call, encode, state)
 
         def objective(y: tuple[Tensor, ...]) -> Tensor:
             elements, mask = y if len(y) == 2 else (y[0], None)
-            representation = self.encoder(elements, mask)
+            representation = encode(elements, mask)
             check_shape("encoder(elements, mask)", representation, *z.shape)
+            if not representation.requires_grad:
+                raise RuntimeError(
+                    "`encoder(elements, mask)` must be differentiable, got a result without a gradient: is it computed "
+                    "under torch.no_grad(), or detached? To keep its parameters as they are, use requires_grad_(False)"
+                )
             loss = representation_loss(representation, z, kind=self.repr_loss, reduction="none")
             if self.anchor > 0:
                 loss = loss + 0.5 * self.anchor * (elements - start).square().flatten(1).mean(1)
@@ -312,7 +329,7 @@ class DSPNDecoder(nn.Module):
             return self._project(y[0], y[1].clamp(*self.mask_clamp))
 
         # Fused attention has no second derivative; where none will be taken, it is faster.
-        with sdpa_kernel(SDPBackend.MATH) if torch.is_grad_enabled() else nullcontext():
+        with sdpa_kernel(SDPBackend.MATH) if differentiable else nullcontext():
             return descend(
                 objective,
                 (elements,) if mask is None else (elements, mask),
@@ -324,9 +341,8 @@ class DSPNDecoder(nn.Module):
                 project=None if self.mask_clamp is None and self.project is None else project,
                 tol=self.tol,
                 differentiate=self.differentiate,
-                checkpoint=self.checkpoint,
+                checkpoint=checkpoint,
                 record=record,
-                gradient="autograd" if _needs_autograd(self.encoder) else "func",
             )
 
     def _project(self, elements: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -343,13 +359,13 @@ class DSPNDecoder(nn.Module):
         )
 
 
-def _dtype(encoder: object) -> torch.dtype | None:
-    """Dtype of the encoder's parameters, if it has any."""
-    parameters = encoder.parameters() if isinstance(encoder, nn.Module) else ()
-    return next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), None)
+def _call(encoder: nn.Module, state: dict[str, Tensor], elements: Tensor, mask: Tensor | None) -> Tensor:
+    """Call an encoder with tensors in the place of its own parameters and buffers."""
+    representation: Tensor = functional_call(encoder, state, (elements, mask))
+    return representation
 
 
-def _needs_autograd(encoder: object) -> bool:
+def _refuses_func_grad(encoder: object) -> bool:
     """Whether `torch.func.grad` cannot run the encoder: buffers changed in place, or backward hooks."""
     return isinstance(encoder, nn.Module) and any(
         (isinstance(module, _NormBase) and module.training and module.track_running_stats)

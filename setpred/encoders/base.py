@@ -4,6 +4,8 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as nn_module
 from typing_extensions import override
 
 from setpred._checks import check_count, check_mask, check_shape
@@ -32,6 +34,37 @@ class SetEncoder(Protocol):
     def __call__(self, elements: Tensor, mask: Tensor | None, /) -> Tensor:
         """Encode sets ``(B, N, C)`` with masks ``(B, N)`` into vectors ``(B, D)``."""
         ...
+
+
+def parameter_dtype(encoder: object) -> torch.dtype | None:
+    """Dtype of the encoder's first floating parameter, None if it has none."""
+    for parameter in encoder.parameters() if isinstance(encoder, nn.Module) else ():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    return None
+
+
+def are_plain(*layers: nn.Module) -> bool:
+    """Whether these layers do what `nn.Linear` does and no more, so that their products may be taken in another way.
+
+    What lives in the call of a layer (adapters, hooks, parametrisations, quantisation) would be passed by.
+    """
+    hooks = [
+        nn_module._global_forward_pre_hooks,
+        nn_module._global_forward_hooks,
+        nn_module._global_backward_pre_hooks,
+        nn_module._global_backward_hooks,
+    ]
+    for layer in layers:
+        if (
+            type(layer) is not nn.Linear
+            or "forward" in layer.__dict__  # put in its place, as by accelerate
+            or type(layer.weight) not in (nn.Parameter, Tensor, FakeTensor)
+            or layer.bias is None
+        ):
+            return False
+        hooks += [layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks]
+    return not sum(map(len, hooks))  # PyTorch 2.7 does not compile any() here
 
 
 class EncoderBase(nn.Module):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from setpred._checks import check_count
-from setpred.encoders.base import EncoderBase
+from setpred.encoders.base import EncoderBase, are_plain
 from setpred.encoders.pool import PoolName
 
 
@@ -60,6 +60,12 @@ class PooledEncoder(EncoderBase):
         self.reset_parameters()
 
     def _rows(self, x: Tensor) -> Tensor:
+        *hidden, last = self.layers
+        if not are_plain(*self.layers) or len(x) == 0:  # PyTorch 2.7 does not pad an empty batch
+            for layer in hidden:
+                x = F.relu(layer(x))
+            rows: Tensor = last(x)
+            return rows.movedim(-1, 0).contiguous()
         # Products of equal shape, (out, in) x (in, columns), one for each sample: faster than one for all, whose rows
         # lie far apart, and a sample's rounding is the same in every batch, where a last digit can decide which of two
         # nearly equal rows FSPool ranks first. Small samples share a product, because the weights' gradient has a
@@ -71,7 +77,6 @@ class PooledEncoder(EncoderBase):
         products = (batch + together - 1) // together
         x = F.pad(x, (0, 0, 0, columns - size, 0, products * together - batch))
         x = x.view(products, together * columns, channels).mT.contiguous()
-        *hidden, last = self.layers
         for layer in hidden:
             x = F.relu(_linear(layer, x), inplace=True)
         x = _linear(last, x).transpose(0, 1).reshape(self.row_channels, products * together, columns)

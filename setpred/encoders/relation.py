@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from setpred._checks import check_count
-from setpred.encoders.base import EncoderBase
+from setpred.encoders.base import EncoderBase, are_plain
 from setpred.encoders.pool import PoolName
 
 
@@ -56,6 +56,11 @@ class RelationEncoder(EncoderBase):
         self.reset_parameters()
 
     def _rows(self, x: Tensor) -> Tensor:
+        if not are_plain(self.pair, self.out):
+            each = x.expand(x.shape[1], *x.shape)  # (N, B, N, C+1)
+            pairs = torch.cat([each.permute(1, 2, 0, 3), each.transpose(0, 1)], -1)
+            rows: Tensor = self.out(F.relu(self.pair(pairs)))
+            return rows.flatten(1, 2).movedim(-1, 0).contiguous()
         # One product a sample, so that a sample's rounding is the same in every batch: BLAS has other kernels for few
         # columns, and a last digit can decide which of two nearly equal rows FSPool ranks first. And a width of whole
         # 16 bytes, because the gradient's rounding goes by how its memory is aligned. The second, larger product is one

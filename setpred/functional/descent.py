@@ -14,7 +14,14 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from setpred._checks import check_at_least, check_choice, check_count, check_positive, check_tensor
+from setpred._checks import (
+    check_at_least,
+    check_choice,
+    check_count,
+    check_positive,
+    check_tensor,
+    in_transform,
+)
 from setpred.functional._recompute import Recompute
 
 Y = TypeVar("Y", Tensor, tuple[Tensor, ...])
@@ -53,7 +60,7 @@ def _per_sample(value: Tensor, like: Tensor) -> Tensor:
     return value.view(-1, *[1] * (like.dim() - 1))
 
 
-def _gradient(objective: Callable[[_Tensors], Tensor], y: _Tensors, method: str) -> _Gradient:
+def _gradient(objective: Callable[[_Tensors], Tensor], y: _Tensors) -> _Gradient:
     def total(y: _Tensors) -> tuple[Tensor, Tensor]:
         loss = objective(y)
         check_tensor("objective(y)", loss)
@@ -61,18 +68,64 @@ def _gradient(objective: Callable[[_Tensors], Tensor], y: _Tensors, method: str)
             raise ValueError(
                 f"`objective` must give one value per sample, shape ({len(y[0])},), got {tuple(loss.shape)}"
             )
+        if not loss.requires_grad:
+            raise RuntimeError(_NO_GRADIENT)
         return loss.sum(), loss
 
-    if method == "func":
+    # torch.autograd.grad is faster, and takes whatever can be differentiated; torch.func.grad works where it does not.
+    outer = torch.is_grad_enabled()
+    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()  # a trace, below autograd
+    if compiling or torch.is_inference_mode_enabled() or in_transform():
+        # Before PyTorch 2.12, torch.func.grad gives zeros in inference mode. Leaving it turns grad mode on.
+        with torch.inference_mode(False), torch.set_grad_enabled(outer):
+            return _with_norm(*_by_func(total, y))
+    with torch.enable_grad():
+        # Views, so that a part that was computed from another is not differentiated through it.
+        leaf = tuple(part.view_as(part) if part.requires_grad else part.detach().requires_grad_() for part in y)
+        value, loss = total(leaf)
+        graph = outer and (any(part.requires_grad for part in y) or _depends_on_others(value, leaf))
+        found = torch.autograd.grad(value, leaf, create_graph=graph, allow_unused=True)
+    if all(part is None for part in found):
+        raise RuntimeError(_NO_GRADIENT)
+    grad = tuple(torch.zeros_like(part) if g is None else g for g, part in zip(found, y, strict=True))
+    return _with_norm(grad, loss if graph else loss.detach())
+
+
+_NO_GRADIENT = (
+    "`objective(y)` must be differentiable with respect to y, got a value that no gradient leads to y from: is a part "
+    "of it computed under torch.no_grad(), or detached? To keep parameters as they are, use requires_grad_(False)"
+)
+
+
+def _depends_on_others(value: Tensor, leaves: _Tensors) -> bool:
+    """Whether anything that requires a gradient, but for these leaves, has a part in a value."""
+    nodes, seen = [value.grad_fn], set()
+    while nodes:
+        for node, _ in nodes.pop().next_functions:  # type: ignore[union-attr]
+            if node is not None and node not in seen:
+                variable = getattr(node, "variable", None)  # of a leaf
+                if variable is not None and all(variable is not leaf for leaf in leaves):
+                    return True
+                seen.add(node)
+                nodes.append(node)
+    return False
+
+
+def _by_func(total: Callable[[_Tensors], tuple[Tensor, Tensor]], y: _Tensors) -> tuple[_Tensors, Tensor]:
+    try:
         grad, (_, loss) = torch.func.grad_and_value(total, has_aux=True)(y)
-    else:
-        outer = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # Views, so that a part that was computed from another is not differentiated through it.
-            leaf = tuple(part.view_as(part) if part.requires_grad else part.detach().requires_grad_() for part in y)
-            value, loss = total(leaf)
-            grad = torch.autograd.grad(value, leaf, create_graph=outer, materialize_grads=True)
-        loss = loss if outer else loss.detach()
+    except RuntimeError as error:
+        error.add_note(
+            "Under torch.inference_mode() and torch.compile, and inside of torch.func's transforms, torch.func.grad "
+            "takes the inner gradients. It refuses custom autograd.Functions without setup_context, buffers changed in "
+            "place (BatchNorm in training mode: call .eval()) and backward hooks. Use torch.no_grad() in place of "
+            "inference mode, and torch.compiler.disable() on the decoder in what is compiled"
+        )
+        raise
+    return grad, loss
+
+
+def _with_norm(grad: _Tensors, loss: Tensor) -> _Gradient:
     # In float32 at least: squares leave the range of float16.
     squares = [
         part.unsqueeze(-1).flatten(1).to(torch.promote_types(part.dtype, torch.float32)).square().sum(1)
@@ -110,7 +163,6 @@ def descend(
     differentiate: Literal["unrolled", "implicit"] = "unrolled",
     checkpoint: bool = False,
     record: bool = False,
-    gradient: Literal["func", "autograd"] = "func",
 ) -> Descent[Y]:
     r"""Minimise an objective per sample by gradient descent with momentum.
 
@@ -145,11 +197,8 @@ def descend(
             ends when all do, which waits for the device once a step.
         differentiate: ``"unrolled"`` or ``"implicit"``.
         checkpoint: With ``"unrolled"``, whether to keep only the points and to compute each step again in the outer
-            backward pass: the same gradients in the memory of one step. Uses ``gradient="autograd"`` then.
+            backward pass: the same gradients in the memory of one step. Does not compile.
         record: Whether to keep all points, objectives and gradient norms; ``"implicit"`` keeps them detached.
-        gradient: ``"func"`` takes inner gradients by ``torch.func.grad``, which compiles and works in
-            ``inference_mode``; ``"autograd"`` by ``torch.autograd.grad``, for objectives that change
-            buffers in place (BatchNorm in training mode) or carry backward hooks.
 
     Returns:
         The last point, and the record if asked for.
@@ -157,7 +206,8 @@ def descend(
     Raises:
         ValueError: If an argument is out of its range, or the objective does not give one value per sample.
         TypeError: If an argument is of another type.
-        RuntimeError: If ``"autograd"`` is asked for under ``inference_mode``.
+        RuntimeError: If no gradient leads from the objective to y, or, with ``checkpoint``, a step that is computed
+            again does not give what it gave before.
 
     Example:
         >>> target = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
@@ -172,7 +222,6 @@ def descend(
     check_positive("lr", lr)
     check_at_least("momentum", momentum, 0)
     check_choice("differentiate", differentiate, ("unrolled", "implicit"))
-    check_choice("gradient", gradient, ("func", "autograd"))
     if nesterov and momentum == 0:
         raise ValueError("`momentum` must be positive when `nesterov` is True, got 0")
     if grad_clip is not None:
@@ -182,13 +231,8 @@ def descend(
     if checkpoint and differentiate == "implicit":
         raise ValueError("`checkpoint` must be False when `differentiate` is 'implicit', which keeps but one step")
     checkpoint = checkpoint and torch.is_grad_enabled()
-    if checkpoint:  # hooks on saved tensors do the recomputation, and torch.func.grad refuses them
-        gradient = "autograd"
-    if gradient == "autograd" and torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "`gradient='autograd'` cannot run under torch.inference_mode(): use torch.no_grad(). A decoder falls back "
-            "to it for an encoder with BatchNorm in training mode (call .eval() on it) or with backward hooks"
-        )
+    if checkpoint and in_transform():
+        raise RuntimeError("`checkpoint` must be False inside of torch.func's transforms, which compute nothing again")
 
     # One form from here on: tuples.
     single = isinstance(init, Tensor)
@@ -202,7 +246,7 @@ def descend(
     _check_init(init)
 
     def gradient_at(y: _Tensors) -> _Gradient:
-        return _gradient(lambda y: objective(packed(y)), y, gradient)
+        return _gradient(lambda y: objective(packed(y)), y)
 
     def projected(y: _Tensors) -> _Tensors:
         return y if project is None else unpacked(project(packed(y)))
@@ -227,27 +271,29 @@ def descend(
         return new, velocity
 
     y, velocity = unpacked(init), None
-    points, seen = [y], []
+    points, losses, norms = [y], [], []
+    look = not torch.compiler.is_compiling() and not in_transform()  # at values
 
-    def keep(y: _Tensors, at: _Gradient) -> None:
+    def keep(y: _Tensors, loss: Tensor, norm: Tensor) -> None:
         if record:
             points.append(y)
-            seen.append(at)
+            losses.append(loss)
+            norms.append(norm)
 
-    def step(y: _Tensors, velocity: _Tensors | None) -> tuple[_Tensors, _Tensors | None, _Gradient]:
+    def step(y: _Tensors, velocity: _Tensors | None) -> tuple[_Tensors, _Tensors | None, Tensor, Tensor]:
         at = gradient_at(y)
         y, velocity = advanced(y, velocity, at)
-        return y, velocity, at
+        return y, velocity, at.loss, at.norm
 
     def run(y: _Tensors, steps: int) -> tuple[_Tensors, _Tensors | None]:
         velocity: _Tensors | None = None
         take = Recompute(step) if checkpoint else step
         for done in range(1, steps + 1):
-            y, velocity, at = take(y, velocity)
-            keep(y, at)
-            if tol is not None and not torch.compiler.is_compiling() and bool((at.loss <= tol).all()):
+            y, velocity, loss, norm = take(y, velocity)
+            keep(y, loss, norm)
+            if tol is not None and look and bool((loss <= tol).all()):
                 for _ in range(done, steps):
-                    keep(y, at)
+                    keep(y, loss, norm)
                 break
         return y, velocity
 
@@ -265,16 +311,11 @@ def descend(
             residual = tuple(f - part for f, part in zip(forward, y, strict=True))
         with torch.no_grad():
             y, _ = advanced(y, velocity, at)
-            keep(y, _Gradient(at.grad, at.loss.detach(), at.norm.detach()))
+            keep(y, at.loss.detach(), at.norm.detach())
         # The value is y, the derivative that of the residual.
         y = tuple(part + (r - r.detach()) for part, r in zip(y, residual, strict=True))
 
     if not record:
         return Descent(packed(y), None, None, None)
     trajectory = tuple(torch.stack(parts) for parts in zip(*points, strict=True))
-    return Descent(
-        packed(y),
-        packed(trajectory),
-        torch.stack([at.loss for at in seen]),
-        torch.stack([at.norm for at in seen]),
-    )
+    return Descent(packed(y), packed(trajectory), torch.stack(losses), torch.stack(norms))

@@ -147,7 +147,7 @@ def cost_of_pairs(x: Tensor, y: Tensor, cost: Cost) -> Tensor:
 
 
 def _checked(value: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    if value.shape != torch.Size(shape):
+    if value.shape != shape:
         raise ValueError(f"`cost` must return shape (B, N, M) = {shape}, got {tuple(value.shape)}")
     return value
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from setpred import DSPNDecoder, FSPool, SetEncoder
+from setpred import DSPNDecoder, FSPool, PooledEncoder, SetEncoder
 
 N, C, D = 4, 2, 8
 BOTH_DERIVATIVES = pytest.mark.parametrize("differentiate", ["unrolled", "implicit"])
@@ -82,7 +83,39 @@ def check_trains(decoder: DSPNDecoder, z: Tensor) -> None:
     assert z.grad.any()
 
 
-@pytest.mark.parametrize("make_layer", [Norm, hooked, pre_hooked])
+class Square(torch.autograd.Function):
+    """Of the form that custom kernels have."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+class CustomFunction(nn.Module):
+    def forward(self, rows: Tensor) -> Tensor:
+        return Square.apply(rows)
+
+
+class Counting(nn.Module):
+    """Buffers that are changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.tensor(0))
+        self.register_buffer("mean", torch.zeros(D))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        self.calls += 1
+        self.mean.lerp_(rows.detach().mean((0, 1)), 0.1)
+        return rows.sin()
+
+
+@pytest.mark.parametrize("make_layer", [Norm, hooked, pre_hooked, CustomFunction, Counting])
 @BOTH_DERIVATIVES
 def test_encoders_that_func_grad_cannot_run(make_layer: Callable[[], nn.Module], differentiate: str) -> None:
     decoder = make_decoder(Encoder(make_layer()), differentiate=differentiate)
@@ -91,9 +124,7 @@ def test_encoders_that_func_grad_cannot_run(make_layer: Callable[[], nn.Module],
     expected = decoder(z)
     with torch.no_grad():
         torch.testing.assert_close(tuple(decoder(z)[:2]), tuple(expected[:2]))
-    message = (
-        r"cannot run under torch.inference_mode\(\): use torch.no_grad\(\).*BatchNorm .*\.eval\(\).*backward hooks"
-    )
+    message = r"(?s)torch.func.grad takes.*BatchNorm .*\.eval\(\).*backward hooks.*Use torch.no_grad\(\)"
     with torch.inference_mode(), pytest.raises(RuntimeError, match=message):
         decoder(z)
 
@@ -196,3 +227,142 @@ def test_dropout_in_the_encoder_is_drawn_anew_in_every_step() -> None:
     assert not torch.equal(decoder(z).elements, decoder(z).elements)
     decoder.eval()
     assert torch.equal(decoder(z).elements, decoder(z).elements)
+
+
+# What `torch.func.grad` cannot run, compiled
+
+
+def results(decode: Callable[[Tensor], Any], z: Tensor, decoder: DSPNDecoder) -> list[Tensor]:
+    elements, mask, _ = decode(z)
+    total = elements.square().sum() + mask.sum()
+    return [elements, mask, *torch.autograd.grad(total, [z, *decoder.parameters()], materialize_grads=True)]
+
+
+@pytest.mark.filterwarnings("ignore:.*that is not a leaf")  # Dynamo looks at z's gradient
+@pytest.mark.parametrize("make_layer", [Norm, hooked, pre_hooked, transformer])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_compiling_breaks_the_graph_where_it_must(make_layer: Callable[[], nn.Module], checkpoint: bool) -> None:
+    torch._dynamo.reset()
+    decoder = make_decoder(Encoder(make_layer()), checkpoint=checkpoint)
+    z = torch.randn(3, D, requires_grad=True)
+    compiled, expected = torch.compile(decoder, backend="aot_eager"), results(decoder, z, decoder)
+    torch.testing.assert_close(results(compiled, z, decoder), expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(z).elements, decoder(z).elements, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:.*that is not a leaf")
+@pytest.mark.parametrize("make_layer", [CustomFunction, Counting])
+def test_a_decoder_can_be_left_out_of_what_is_compiled(make_layer: Callable[[], nn.Module]) -> None:
+    """As docs/guides/compile.md says: PyTorch compiles custom functions under torch.func.grad wrongly."""
+    torch._dynamo.reset()
+    decoder, backbone = make_decoder(Encoder(make_layer())), nn.Linear(D, D)
+    z = torch.randn(3, D, requires_grad=True)
+    expected = results(lambda z: decoder(backbone(z)), z, decoder)
+    uncompiled = torch.compiler.disable(decoder)
+    compiled = torch.compile(lambda z: uncompiled(backbone(z)), backend="aot_eager")
+    torch.testing.assert_close(results(compiled, z, decoder), expected, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
+# Steps that are computed again
+
+
+def gradients_of(decoder: DSPNDecoder, z: Tensor, *, before_backward: Callable[[], object] = lambda: None) -> Any:
+    elements, mask, _ = decoder(z)
+    total = elements.square().sum() + mask.sum()
+    before_backward()
+    return torch.autograd.grad(total, list(decoder.parameters()), materialize_grads=True)
+
+
+@pytest.mark.parametrize("make_layer", [Norm, hooked, CustomFunction, Attention, FunctionalAttention, transformer])
+def test_checkpoint_gives_the_same_gradients(make_layer: Callable[[], nn.Module]) -> None:
+    decoder, z = make_decoder(Encoder(make_layer())), torch.randn(3, D)
+    expected = gradients_of(decoder, z)
+    decoder.checkpoint = True
+    torch.testing.assert_close(gradients_of(decoder, z), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = gradients_of(decoder, z)
+        decoder.checkpoint = False
+        torch.testing.assert_close(under_autocast, gradients_of(decoder, z))
+
+
+@pytest.mark.parametrize("make_encoder", [lambda: PooledEncoder(C, D, 16), lambda: Encoder(nn.Linear(D, D))])
+def test_checkpoint_computes_with_the_parameters_of_functional_call(make_encoder: Callable[[], nn.Module]) -> None:
+    decoder, z = make_decoder(make_encoder()), torch.randn(3, D)
+    other = {name: (p + 0.1 * torch.randn_like(p)).detach().requires_grad_() for name, p in decoder.named_parameters()}
+
+    def gradients(checkpoint: bool) -> tuple[Tensor, ...]:
+        decoder.checkpoint = checkpoint
+        elements = functional_call(decoder, other, (z,)).elements
+        return torch.autograd.grad(elements.square().sum(), list(other.values()))
+
+    expected = gradients(False)
+    assert all(part.any() for part in expected)
+    torch.testing.assert_close(gradients(True), expected)
+
+
+class Switched(nn.Module):
+    """Does the same operations in both modes, on other numbers."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows * (1.0 if self.training else 1.1)
+
+
+def test_checkpoint_refuses_what_is_not_computed_again_the_same() -> None:
+    z = torch.randn(3, D)
+    linear = make_decoder(Encoder(nn.Linear(D, D)), checkpoint=True)
+
+    def optimizer_step() -> None:
+        with torch.no_grad():
+            linear.encoder.layer.weight.mul_(1 + 1e-6)
+
+    with pytest.raises(RuntimeError, match="`checkpoint` needs parameters that stay as they are"):
+        gradients_of(linear, z, before_backward=optimizer_step)
+    for layer in (Switched(), nn.Dropout(0.5), Norm()):
+        decoder = make_decoder(Encoder(layer), checkpoint=True)
+        with pytest.raises(RuntimeError, match="`checkpoint` needs an objective that does the same"):
+            gradients_of(decoder, z, before_backward=decoder.eval)
+
+
+# What no gradient leaves
+
+
+class Frozen(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.body, self.head = PooledEncoder(C, D, 16), nn.Linear(D, D)
+
+    def forward(self, elements: Tensor, mask: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.how == "detached"):
+            vector = self.body(elements, mask)
+        return vector.detach() if self.how == "detached" else vector
+
+
+class FrozenBody(Frozen):
+    def forward(self, elements: Tensor, mask: Tensor) -> Tensor:
+        return self.head(super().forward(elements, mask))
+
+
+@pytest.mark.parametrize("how", ["no_grad", "detached"])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("anchor", [0.0, 0.1])
+def test_an_encoder_that_no_gradient_leaves_is_refused(how: str, mode: Any, anchor: float) -> None:
+    decoder = make_decoder(Frozen(how), anchor=anchor)
+    message = r"`encoder\(elements, mask\)` must be differentiable.*requires_grad_\(False\)"
+    with mode(), pytest.raises(RuntimeError, match=message):
+        decoder(torch.randn(3, D))
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_an_encoder_with_a_part_that_no_gradient_leaves_is_refused(mode: Any) -> None:
+    with mode(), pytest.raises(RuntimeError, match="no gradient leads to y from"):
+        make_decoder(FrozenBody("no_grad"))(torch.randn(3, D))
+
+
+def test_frozen_parameters_are_no_obstacle() -> None:
+    encoder = PooledEncoder(C, D, 16).requires_grad_(False)
+    decoder, z = make_decoder(encoder), torch.randn(3, D)
+    assert not torch.equal(decoder(z).elements[0], decoder.initial_elements)

@@ -27,6 +27,7 @@ ENTRY = re.compile(r"^(`+) ?(.+?) ?\1\n:", re.MULTILINE)
 FAQ = (Path(__file__).parents[2] / "docs/faq.md").read_text()
 MESSAGES = [message for _, message in ENTRY.findall(FAQ)]
 
+weight = torch.ones(2, requires_grad=True)
 rows, sets, mask = torch.rand(8, 10, 4), torch.rand(3, 5, 2), torch.ones(3, 5)
 eight_to_twelve = on_channels("l1", slice(8, 12))
 
@@ -35,8 +36,8 @@ def decoder(**options: object) -> DSPNDecoder:
     return DSPNDecoder(PooledEncoder(2, 8, 8), set_size=5, channels=2, **options)
 
 
-def train(encoder: Callable[..., torch.Tensor]) -> None:
-    DSPNDecoder(encoder, set_size=5, channels=2)(torch.randn(3, 5)).elements.sum().backward()
+def train(encoder: Callable[..., torch.Tensor], width: int = 5) -> None:
+    DSPNDecoder(encoder, set_size=5, channels=2)(torch.randn(3, width)).elements.sum().backward()
 
 
 def decode_in_inference_mode() -> None:
@@ -44,6 +45,22 @@ def decode_in_inference_mode() -> None:
     encoder.register_full_backward_hook(lambda *_: None)
     with torch.inference_mode():
         DSPNDecoder(encoder, set_size=5, channels=2)(torch.randn(3, 8))
+
+
+def change_before_backward() -> None:
+    checkpointed = decoder(checkpoint=True)
+    elements = checkpointed(torch.randn(3, 8)).elements
+    with torch.no_grad():
+        checkpointed.encoder.layers[0].weight.add_(1)
+    elements.sum().backward()
+
+
+def turn_before_backward(layer: nn.Module) -> None:
+    checkpointed = decoder(checkpoint=True)
+    checkpointed.encoder.layers.append(layer)
+    elements = checkpointed(torch.randn(3, 8)).elements
+    checkpointed.eval()
+    elements.sum().backward()
 
 
 def outer_loss(prediction: SetPrediction) -> None:
@@ -68,6 +85,11 @@ CALLS: list[Callable[[], object]] = [
     lambda: decoder(nesterov=True),
     lambda: decoder(mask_clamp=None, init=nn.Identity())(torch.randn(3, 8), init=(sets, mask)),
     decode_in_inference_mode,
+    lambda: train(lambda elements, mask: elements.detach().sum(1), width=2),
+    lambda: train(lambda elements, mask: elements.detach().sum(1) * weight, width=2),
+    change_before_backward,
+    lambda: turn_before_backward(nn.Dropout(0.5)),
+    lambda: torch.func.vmap(decoder(checkpoint=True))(torch.randn(2, 3, 8)),
     lambda: FSPool(2, relaxed=1.0)(sets, mask),
     lambda: average_precision(rows, torch.full((8, 10), torch.nan), rows),
     lambda: average_precision(rows, torch.rand(8, 10), rows, pred_mask=torch.rand(8, 10)),

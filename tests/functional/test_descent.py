@@ -3,14 +3,17 @@
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from setpred.functional import Descent, descend
+from setpred import functional
+from setpred.functional import Descent
 from tests import oracles
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -35,6 +38,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 EVERY_OPTION = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+
+
+def descend(*arguments: Any, gradient: str | None = None, **options: Any) -> Descent[Any]:
+    """The library's, by a way to take gradients that is not necessarily its own choice."""
+    if gradient is None:
+        return functional.descend(*arguments, **options)
+    with patch("setpred.functional.descent.in_transform", return_value=gradient == "func"):
+        return functional.descend(*arguments, **options)
 
 
 class Problem:
@@ -326,12 +337,10 @@ def test_values_are_the_same_without_grad_mode(options: dict[str, Any], differen
         actual = run()
     assert not any(part.requires_grad for part in actual)
     assert_close(actual, expected)
-    if gradient == "func":
-        with torch.inference_mode():
-            assert_close(run(), expected)
-    else:
-        with torch.inference_mode(), pytest.raises(RuntimeError, match="`gradient='autograd'` cannot run under"):
-            run()
+    with torch.inference_mode():
+        inference = run()
+    torch.testing.assert_close(inference, expected, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(inference.value, problem.init)
 
 
 @BOTH_GRADIENTS
@@ -449,7 +458,6 @@ START = torch.zeros(2, 3)
             {"checkpoint": True, "differentiate": "implicit"},
         ),
         (ValueError, "`differentiate` must be one of 'unrolled', 'implicit', got 'no'", {"differentiate": "no"}),
-        (ValueError, "`gradient` must be one of 'func', 'autograd', got 'jax'", {"gradient": "jax"}),
         (TypeError, r"`init` must be a tensor or a tuple of tensors, got 1.0", {"init": 1.0}),
         (TypeError, r"`init` must be a tensor or a tuple of tensors, got \(\)", {"init": ()}),
         (TypeError, r"`init` must be a tensor, got 1.0 \(float\)", {"init": (START, 1.0)}),
@@ -493,7 +501,7 @@ def test_tol_does_not_hide_a_value_that_is_no_number() -> None:
 
 def outer_gradients(problem: Problem, **options: Any) -> tuple[Tensor, ...]:
     """Of every point, objective and gradient norm together."""
-    result = descend(problem.objective, problem.init, steps=6, lr=0.7, record=True, gradient="autograd", **options)
+    result = descend(problem.objective, problem.init, steps=6, lr=0.7, record=True, **options)
     total = sum((part.square().sum() for part in result), torch.zeros(()))
     return torch.autograd.grad(total, problem.inputs, create_graph=True)
 
@@ -525,7 +533,7 @@ def test_checkpoint_draws_the_same_random_numbers_again() -> None:
     gradients, states = [], []
     for checkpoint in (False, True):
         torch.manual_seed(0)
-        value = descend(objective, problem.init, steps=4, lr=0.7, checkpoint=checkpoint, gradient="autograd").value
+        value = descend(objective, problem.init, steps=4, lr=0.7, checkpoint=checkpoint).value
         gradients.append(torch.autograd.grad(value.square().sum(), problem.inputs))
         states.append(torch.get_rng_state())
     assert_close(gradients[1], gradients[0])
@@ -554,3 +562,186 @@ def test_checkpoint_computes_nothing_again_without_grad() -> None:
     with torch.inference_mode():
         descend(objective, torch.ones(2, 3), steps=3, lr=0.1, checkpoint=True)
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+def test_checkpoint_uses_the_attention_kernels_of_the_forward_pass(backend: SDPBackend) -> None:
+    seen = []
+
+    def objective(y: Tensor) -> Tensor:
+        seen.append(torch.backends.cuda.math_sdp_enabled())
+        return y.square().sum(1)
+
+    init = torch.ones(2, 3, requires_grad=True)
+    with sdpa_kernel(backend):
+        value = descend(objective, init, steps=2, lr=0.1, checkpoint=True).value
+    value.sum().backward()
+    assert seen == [backend == SDPBackend.MATH] * 4
+
+
+def test_checkpoint_refuses_parameters_that_an_optimizer_has_changed() -> None:
+    problem = Problem(batch=3)
+    problem.weight = problem.weight.detach().requires_grad_()
+    optimizer = torch.optim.SGD([problem.weight], lr=1e-6)  # too little to be seen in the values
+    value = descend(problem.objective, problem.init, steps=2, lr=0.7, checkpoint=True).value
+    problem.weight.grad = torch.ones_like(problem.weight)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="`checkpoint` needs parameters that stay as they are"):
+        value.sum().backward()
+
+
+def test_checkpoint_refuses_a_tensor_that_was_replaced() -> None:
+    problem = Problem(batch=3)
+    value = descend(problem.objective, problem.init, steps=2, lr=0.7, checkpoint=True).value
+    problem.z = problem.z.detach() + 0.01
+    with pytest.raises(RuntimeError, match="`checkpoint` needs an objective that does the same"):
+        value.sum().backward()
+
+
+def test_checkpoint_carries_on_where_a_value_is_no_number() -> None:
+    start = torch.tensor([[1.0], [torch.nan]], requires_grad=True)
+    (of_start,) = torch.autograd.grad(
+        descend(lambda y: y.square().sum(1), start, steps=3, lr=0.25, checkpoint=True).value.sum(), start
+    )
+    assert of_start[0] == 1 / 8
+
+
+@pytest.mark.filterwarnings("ignore:.*that is not a leaf")  # Dynamo looks at gradients
+@pytest.mark.parametrize("options", [{}, {"tol": 0.15, "momentum": 0.5}], ids=["plain", "tol"])
+def test_checkpoint_breaks_the_graph_of_a_compiled_descent(options: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    problem = Problem(batch=3)
+
+    def run(init: Tensor) -> Tensor:
+        return functional.descend(problem.objective, init, steps=3, lr=0.7, checkpoint=True, **options).value
+
+    compiled, eager = torch.compile(run, backend="aot_eager")(problem.init), run(problem.init)
+    assert_close(compiled, eager)
+    assert_close(gradients(compiled, problem.inputs), gradients(eager, problem.inputs))
+    torch._dynamo.reset()
+
+
+# Transforms of torch.func
+
+
+@EVERY_OPTION
+@BOTH_DERIVATIVES
+def test_vmap_runs_descents_side_by_side(options: dict[str, Any], differentiate: str) -> None:
+    problem, weights = Problem(3), torch.randn(4, FEATURES, FEATURES, **DOUBLE)
+
+    def run(weight: Tensor) -> Tensor:
+        return functional.descend(
+            lambda y: 0.5 * ((y @ weight.t()).tanh() - problem.z).square().sum(1),
+            problem.init,
+            steps=4,
+            lr=0.5,
+            differentiate=differentiate,
+            **options,
+        ).value
+
+    assert_close(torch.vmap(run)(weights), torch.stack([run(weight) for weight in weights]))
+
+    def gradient(weight: Tensor) -> Tensor:
+        return torch.func.grad(lambda weight: run(weight).square().sum())(weight)
+
+    assert_close(torch.vmap(gradient)(weights), torch.stack([gradient(weight) for weight in weights]))
+    weights.requires_grad_()
+    (expected,) = torch.autograd.grad(sum(run(weight).square().sum() for weight in weights), weights)
+    assert_close(torch.vmap(gradient)(weights), expected)
+
+
+def test_checkpoint_refuses_transforms() -> None:
+    with pytest.raises(RuntimeError, match=r"`checkpoint` must be False inside of torch.func's transforms"):
+        torch.func.grad(
+            lambda y: descend(lambda y: y.square().sum(1), y, steps=2, lr=0.1, checkpoint=True).value.sum()
+        )(START)
+
+
+# Where nothing outside wants a gradient
+
+
+@BOTH_DERIVATIVES
+@BOTH_GRADIENTS
+@pytest.mark.parametrize("wanted", ["weight", "z", "init", None])
+def test_a_result_requires_a_gradient_where_something_outside_does(
+    wanted: str | None, gradient: str, differentiate: str
+) -> None:
+    problem = Problem(3)
+    for name in ("weight", "z", "init"):
+        setattr(problem, name, getattr(problem, name).detach().requires_grad_(name == wanted))
+    if wanted == "z":
+        problem.z = problem.z * 1  # as behind a backbone
+    result = descend(
+        problem.objective, problem.init, steps=3, lr=0.5, gradient=gradient, differentiate=differentiate, record=True
+    )
+    expected = wanted in ("weight", "z") or (wanted == "init" and differentiate == "unrolled")
+    assert result.value.requires_grad == expected
+    if differentiate == "unrolled":
+        assert all(part.requires_grad == expected for part in result[1:])
+
+
+# What cannot be differentiated
+
+
+class Square(torch.autograd.Function):
+    """Of the form that custom kernels have, which torch.func refuses."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+@BOTH_DERIVATIVES
+def test_custom_functions_are_differentiated(differentiate: str) -> None:
+    problem = Problem(3)
+
+    def run(square: Callable[[Tensor], Tensor]) -> Tensor:
+        return descend(
+            lambda y: square((y @ problem.weight.t()).tanh() - problem.z).sum(1),
+            problem.init,
+            steps=3,
+            lr=0.1,
+            differentiate=differentiate,
+        ).value
+
+    actual, expected = run(Square.apply), run(torch.square)
+    assert_close(actual, expected)
+    assert_close(gradients(actual, problem.inputs), gradients(expected, problem.inputs))
+    with torch.no_grad():
+        assert_close(run(Square.apply), expected)
+    with (
+        torch.inference_mode(),
+        pytest.raises(RuntimeError, match=r"(?s)setup_context.*Use torch.no_grad\(\)"),
+    ):
+        run(Square.apply)
+
+
+PARAMETER = torch.ones(3, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        lambda y: torch.zeros(2),
+        lambda y: y.detach().square().sum(1),
+        lambda y: (y.detach() * PARAMETER).sum(1),  # has a gradient, but not to y
+    ],
+    ids=["constant", "detached", "detached, with a parameter"],
+)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+@BOTH_DERIVATIVES
+def test_an_objective_that_no_gradient_leaves_is_refused(
+    objective: Callable[[Tensor], Tensor], mode: Any, differentiate: str
+) -> None:
+    with mode(), pytest.raises(RuntimeError, match=r"`objective\(y\)` must be differentiable with respect to y"):
+        descend(objective, START, steps=2, lr=0.1, differentiate=differentiate)
+
+
+def test_an_objective_without_a_gradient_is_refused_in_inference_mode() -> None:
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"`objective\(y\)` must be differentiable"):
+        descend(lambda y: y.detach().square().sum(1), START, steps=2, lr=0.1)

@@ -47,10 +47,14 @@ def test_checkpointing_every_inner_step() -> None:
         torch.testing.assert_close(actual[name], gradient)
 
 
-def test_checkpointing_the_whole_decoder_is_refused_by_pytorch() -> None:
-    model = Network("paper")
-    with pytest.raises(RuntimeError, match="don't yet support saved tensor hooks"):
-        checkpoint(model.decoder, model.backbone(make_batch()[0]), use_reentrant=False)
+@RECIPES
+def test_checkpointing_the_whole_decoder_by_pytorch(recipe: str) -> None:
+    model = Network(recipe)
+    z = model.backbone(make_batch()[0]).detach().requires_grad_()
+    parameters = [z, *(p for p in model.decoder.parameters() if p.requires_grad)]
+    expected = torch.autograd.grad(model.decoder(z).elements.square().sum(), parameters)
+    elements = checkpoint(model.decoder, z, use_reentrant=False).elements
+    torch.testing.assert_close(torch.autograd.grad(elements.square().sum(), parameters), expected)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at z's
