@@ -39,7 +39,7 @@ class ClevrBoxes(ClevrExperiment):
         elements, mask, target, target_mask = predictions
         paper, plain = AveragePrecision.dspn_boxes(PAPER), AveragePrecision(box_iou, thresholds=PLAIN)
         for metric in (paper, plain):
-            metric.update(elements, mask, target, target_mask)
+            metric.update(elements, mask, target, target_mask=target_mask)
         precisions = plain.compute().tolist()
         scores = {f"paper AP{100 * t:.0f}": ap for t, ap in zip(PAPER, paper.compute().tolist(), strict=True)}
         scores |= {f"AP{100 * t:.0f}": ap for t, ap in zip(PLAIN, precisions, strict=True)}

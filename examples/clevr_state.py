@@ -37,7 +37,7 @@ class ClevrState(ClevrExperiment):
         """Compute the average precisions and the Hungarian loss."""
         elements, mask, target, target_mask = predictions
         metric = AveragePrecision.dspn_state(DISTANCES)
-        metric.update(elements, mask, target, target_mask)
+        metric.update(elements, mask, target, target_mask=target_mask)
         precisions = metric.compute().tolist()
         scores = {f"AP{distance:g}": ap for distance, ap in zip(DISTANCES, precisions, strict=True)}
         scores["mean AP"] = sum(precisions) / len(precisions)

@@ -117,7 +117,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         pred, presence = model(images)
         value, matching = loss(pred, target, presence, target_mask, return_matching=True)
         thresholds = (0.5, 0.75)
-        precision = average_precision(pred, presence, target, target_mask, rule=same_colour_iou, thresholds=thresholds)
+        precision = average_precision(
+            pred, presence, target, target_mask=target_mask, rule=same_colour_iou, thresholds=thresholds
+        )
     print(f"\nQueries and the rectangles that they are matched to, in the first of {test_images} unseen images:")
     for query, column in enumerate(matching[0].tolist()):
         partner = describe(target[0, column]) if column >= 0 else "-"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from setpred._checks import check_mask, check_shape
+from setpred._checks import check_mask, check_shape, explained, in_transform
 
 
 class Trajectory(NamedTuple):
@@ -90,7 +90,10 @@ def pad_sets(sets: Sequence[Tensor], size: int | None = None) -> tuple[Tensor, T
     size = longest if size is None else size
     if longest > size:
         raise ValueError(f"`size` must be at least the largest set's {longest} elements, got {size}")
-    padded = F.pad(pad_sequence(list(sets), batch_first=True), (0, 0, 0, size - longest))
+    if in_transform():  # pad_sequence has no batching rule
+        padded = torch.stack([F.pad(elements, (0, 0, 0, size - len(elements))) for elements in sets])
+    else:
+        padded = F.pad(pad_sequence(list(sets), batch_first=True), (0, 0, 0, size - longest))
     return padded, torch.arange(size, device=sizes.device) < sizes.unsqueeze(1)
 
 
@@ -118,4 +121,5 @@ def unpad_sets(elements: Tensor, mask: Tensor, threshold: float = 0.5) -> list[T
     if mask is None:
         raise TypeError("`mask` must be a tensor, got None")
     check_mask("mask", mask, elements.shape[:2])
-    return [rows[present] for rows, present in zip(elements, mask > threshold, strict=True)]
+    with explained("unpad_sets", "the sizes of the sets depend on values"):
+        return [rows[present] for rows, present in zip(elements, mask > threshold, strict=True)]

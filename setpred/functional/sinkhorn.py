@@ -69,10 +69,12 @@ def entropic_transport(
     check_shape("col_weight", col_weight, *cost.shape[::2])
     check_positive("epsilon", epsilon)
     check_at_least("iters", iters, 1)
+    # Detached, because forward-mode differentiation sees through no_grad.
+    cost, row_weight, col_weight = cost.detach(), row_weight.detach(), col_weight.detach()
     with torch.no_grad():
         exists = (row_weight > 0).unsqueeze(2) & (col_weight > 0).unsqueeze(1)
-        cost = cost.detach().masked_fill(~exists, 0)
-        log_rows, log_cols = row_weight.detach().log(), col_weight.detach().log()
+        cost = cost.masked_fill(~exists, 0)
+        log_rows, log_cols = row_weight.log(), col_weight.log()
         # amax of an empty dimension is an error
         largest = cost.abs().flatten(1).amax(1) if cost[0:1].numel() > 0 else cost.new_zeros(len(cost))
         start = (largest / epsilon).clamp(min=1).log()

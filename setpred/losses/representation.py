@@ -3,11 +3,11 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
 from setpred._checks import check_choice, check_shape
+from setpred.functional.pairwise import huber
 from setpred.losses._common import REDUCTIONS, Reduction, reduce
 
 Kind = Literal["huber", "mse"]
@@ -51,10 +51,7 @@ def representation_loss(
     check_choice("reduction", reduction, REDUCTIONS)
     dtype = torch.promote_types(torch.promote_types(representation.dtype, target.dtype), torch.float32)
     representation, target = representation.to(dtype), target.to(dtype)
-    if kind == "huber":
-        value = F.smooth_l1_loss(representation, target, reduction="none")
-    else:
-        value = 0.5 * (representation - target).square()
+    value = huber(representation, target) if kind == "huber" else 0.5 * (representation - target).square()
     return reduce(value.mean(-1), reduction)
 
 

@@ -17,9 +17,11 @@ from setpred import (
     SetPrediction,
     hungarian_loss,
     linear_assignment,
+    on_channels,
     pad_sets,
 )
 from setpred.functional import assignment
+from setpred.metrics import average_precision
 
 # An entry of the FAQ's list: the message between backticks, then what to do.
 ENTRY = re.compile(r"^(`+) ?(.+?) ?\1\n:", re.MULTILINE)
@@ -28,6 +30,7 @@ MESSAGES = [message for _, message in ENTRY.findall(FAQ)]
 
 weight = torch.ones(2, requires_grad=True)
 rows, sets, mask = torch.rand(8, 10, 4), torch.rand(3, 5, 2), torch.ones(3, 5)
+eight_to_twelve = on_channels("l1", slice(8, 12))
 
 
 def decoder(**options: object) -> DSPNDecoder:
@@ -79,6 +82,7 @@ CALLS: list[Callable[[], object]] = [
     lambda: outer_loss(decoder(differentiate="implicit")(torch.randn(3, 8), record=True)),
     lambda: linear_assignment(torch.full((4, 10, 10), torch.nan).index_fill(0, torch.arange(3), 0.0)),
     lambda: linear_assignment(torch.full((1, 2, 2), torch.inf)),
+    lambda: hungarian_loss(torch.rand(1, 2, 6), torch.rand(1, 2, 6), cost=eight_to_twelve, presence="none"),
     lambda: decoder(nesterov=True),
     lambda: decoder(mask_clamp=None, init=nn.Identity())(torch.randn(3, 8), init=(sets, mask)),
     decode_in_inference_mode,
@@ -88,6 +92,8 @@ CALLS: list[Callable[[], object]] = [
     lambda: turn_before_backward(nn.Dropout(0.5)),
     lambda: torch.func.vmap(decoder(checkpoint=True))(torch.randn(2, 3, 8)),
     lambda: FSPool(2, relaxed=1.0)(sets, mask),
+    lambda: average_precision(rows, torch.full((8, 10), torch.nan), rows),
+    lambda: average_precision(rows, torch.rand(8, 10), rows, pred_mask=torch.rand(8, 10)),
     lambda: linear_assignment(torch.rand(1, 2, 2), solver="cuda"),
     lambda: train(lambda elements, mask: torch.cdist(elements, elements).sum(-1) * mask),
 ]
