@@ -4,6 +4,7 @@ An error names the argument, what was expected and what came. Only shapes, dtype
 are checked: looking at tensor values would wait for the device and break `torch.compile`.
 """
 
+import math
 from collections.abc import Collection
 from numbers import Integral, Real
 
@@ -47,6 +48,15 @@ def check_mask(name: str, mask: Tensor | None, shape: torch.Size | tuple[int, ..
         raise ValueError(f"`{name}` must have shape {tuple(shape)}, got {_described(mask)}")
 
 
+def check_soft_mask(name: str, mask: Tensor | None, shape: torch.Size | tuple[int, ...]) -> None:
+    """Raise unless ``mask``, a predicted one, is None or floating of exactly ``shape``."""
+    check_mask(name, mask, shape)
+    if mask is not None and mask.dtype == torch.bool:
+        raise TypeError(
+            f"`{name}` must be floating: a bool mask is a target's, for `target_mask`; got {_described(mask)}"
+        )
+
+
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:
     """Raise unless ``value`` is one of ``choices``."""
     if value not in choices:
@@ -85,3 +95,10 @@ def check_positive(name: str, value: float) -> None:
     check_number(name, value)
     if not value > 0:
         raise ValueError(f"`{name}` must be positive, got {value!r}")
+
+
+def check_finite(name: str, value: float) -> None:
+    """Raise if ``value`` is not a number, NaN or infinite."""
+    check_number(name, value)
+    if not math.isfinite(value):
+        raise ValueError(f"`{name}` must be finite, got {value!r}")

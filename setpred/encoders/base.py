@@ -34,6 +34,14 @@ class SetEncoder(Protocol):
         ...
 
 
+def parameter_dtype(encoder: object) -> torch.dtype | None:
+    """Dtype of an encoder's first floating parameter, None if it has none: what it is given is cast to that."""
+    for parameter in encoder.parameters() if isinstance(encoder, nn.Module) else ():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    return None
+
+
 class EncoderBase(nn.Module):
     """What PooledEncoder and RelationEncoder share: checks, the mask as a feature, the pool, the size feature.
 

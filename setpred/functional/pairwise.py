@@ -5,6 +5,7 @@ found is the same callable on sets of one element each, so that no graph over al
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -180,12 +181,7 @@ def on_channels(cost: Cost, channels: slice | Sequence[int], *, weight: float = 
         tensor([[[5.]]])
     """
     check_cost("cost", cost)
-    index = channels if isinstance(channels, slice) else list(channels)
-
-    def of_channels(x: Tensor, y: Tensor) -> Tensor:
-        return weight * pairwise_cost(x[..., index], y[..., index], cost)
-
-    return of_channels
+    return _OnChannels(cost, channels if isinstance(channels, slice) else list(channels), weight)
 
 
 def sum_costs(*costs: Cost) -> PairwiseCost:
@@ -210,9 +206,36 @@ def sum_costs(*costs: Cost) -> PairwiseCost:
         raise ValueError("`costs` must be at least one, got none")
     for cost in costs:
         check_cost("costs", cost)
+    return _Sum(costs)
 
-    def total(x: Tensor, y: Tensor) -> Tensor:
-        first, *others = (pairwise_cost(x, y, cost) for cost in costs)
+
+@dataclass(frozen=True)
+class _OnChannels:
+    cost: Cost
+    channels: slice | list[int]
+    weight: float
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.weight * pairwise_cost(x[..., self.channels], y[..., self.channels], self.cost)
+
+
+@dataclass(frozen=True)
+class _Sum:
+    costs: tuple[Cost, ...]
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        first, *others = (pairwise_cost(x, y, cost) for cost in self.costs)
         return sum(others, first)
 
-    return total
+
+def channels_seen(cost: Cost, channels: int) -> frozenset[int] | None:
+    """Which of ``channels`` channels a composed cost looks at; None where that is not known."""
+    if isinstance(cost, _OnChannels):
+        index = cost.channels
+        own = list(range(channels))[index] if isinstance(index, slice) else [i % channels for i in index]
+        inner = channels_seen(cost.cost, len(own))
+        return frozenset(own if inner is None else (own[i] for i in inner))
+    if isinstance(cost, _Sum):
+        parts = [channels_seen(part, channels) for part in cost.costs]
+        return None if None in parts else frozenset().union(*(part for part in parts if part is not None))
+    return None if callable(cost) else frozenset(range(channels))

@@ -9,12 +9,17 @@ from setpred.functional.pairwise import Cost
 from setpred.losses._common import (
     Presence,
     Reduction,
+    as_weight,
     charge,
     check_options,
+    check_sees_mask,
     enter,
+    fill_up,
     full_precision,
     gather_rows,
+    keep_nan,
     mean_rows,
+    nothing,
     options_repr,
     presence_loss,
     reduce,
@@ -79,29 +84,34 @@ def chamfer_loss(
     Source: Zhang et al. (NeurIPS 2019), equation 1; Fan et al. (CVPR 2017), section 4.1, for points.
     """
     check_options(cost, matching_cost, presence, presence_weight, reduction)
+    sets = enter(pred, target, pred_mask, target_mask, presence)
+    pred, target, present = sets.pred, sets.target, sets.present
+    weight = exists = None
+    if presence == "feature":
+        if pred_mask is not None:
+            check_sees_mask(cost, pred.shape[-1])
+        target, present = fill_up(sets, sized=pred_mask is not None or target_mask is not None)
+    elif sets.pred_mask is not None:
+        weight = as_weight(sets.pred_mask) if presence == "none" else sets.pred_mask.relu()
+        exists = weight.detach() != 0
+        pred = pred.masked_fill(~exists.unsqueeze(-1), 0)
     with full_precision(pred.device):
-        sets = enter(pred, target, pred_mask, target_mask, presence)
-        pred, target, weight, present = sets.pred, sets.target, sets.pred_mask, sets.present
-        exists = None if weight is None else weight.detach() > 0
-        if presence == "feature":
-            present = None
-        elif exists is not None:
-            pred = pred.masked_fill(~exists.unsqueeze(-1), 0)
+        of_pred, of_target = nearest_neighbours(
+            pred, target, cost if matching_cost is None else matching_cost, x_mask=exists, y_mask=present
+        )
+        # Only who has a neighbour is charged.
+        charged_pred, charged_target = _both(exists, present), _both(present, exists)
         if pred.shape[1] == 0 or target.shape[1] == 0:
-            matched = pred.new_zeros(pred.shape[:2], dtype=torch.bool)
-            value = pred.flatten(1)[:, :0].sum(1)  # 0, but connected
+            value = nothing(pred, target) if weight is None else nothing(pred, target, weight)
         else:
-            of_pred, of_target = nearest_neighbours(
-                pred, target, cost if matching_cost is None else matching_cost, x_mask=exists, y_mask=present
-            )
-            # Only who has a neighbour is charged.
-            charged_pred, charged_target = _both(exists, present), _both(present, exists)
             from_pred = charge(pred, gather_rows(target, of_pred), cost, charged_pred)
             from_target = charge(gather_rows(pred, of_target), target, cost, charged_target)
-            value = _weighted_mean(from_pred, charged_pred, weight) + _weighted_mean(from_target, charged_target)
+            value = _mean(from_pred, charged_pred, weight) + _mean(from_target, charged_target)
+            if charged_target is not None:
+                value = keep_nan(value, pred, target)
+        if sets.pred_mask is not None and presence == "bce":
             matched = _chosen(of_target, charged_target, pred.shape[1])
-        if weight is not None and presence == "bce":
-            value = value + presence_weight * presence_loss(weight, matched)
+            value = value + presence_weight * presence_loss(sets.pred_mask, matched)
     return reduce(value, reduction, sets.shape)
 
 
@@ -113,22 +123,20 @@ def _both(mask: Tensor | None, other: Tensor | None) -> Tensor | None:
     return possible if mask is None else mask & possible
 
 
-def _weighted_mean(value: Tensor, charged: Tensor | None, weight: Tensor | None = None) -> Tensor:
-    if charged is None and weight is None:
-        return mean_rows(value)
-    if weight is None:
-        weight = torch.ones_like(value)
-    if charged is not None:
-        weight = weight.masked_fill(~charged, 0)
-    total = weight.sum(1)
-    return (value * weight).sum(1) / torch.where(total > 0, total, 1)
+def _mean(value: Tensor, charged: Tensor | None, weight: Tensor | None = None) -> Tensor:
+    """Mean over the rows that are charged; the value of others is 0."""
+    if weight is not None:
+        total = weight.sum(1)
+        return (value * weight).sum(1) / torch.where(total > 0, total, 1)
+    return mean_rows(value) if charged is None else value.sum(1) / charged.expand_as(value).sum(1).clamp(min=1)
 
 
 def _chosen(of_target: Tensor, charged: Tensor | None, rows: int) -> Tensor:
     """Say which of the rows are the nearest of some target, (S, rows)."""
     if charged is not None:
         of_target = of_target.masked_fill(~charged, rows)
-    return torch.zeros_like(of_target[:, :1]).bool().repeat(1, rows + 1).scatter(1, of_target, True)[:, :rows]
+    chosen = of_target.new_zeros(len(of_target), rows + 1, dtype=torch.bool)
+    return chosen.scatter(1, of_target, True)[:, :rows]
 
 
 class ChamferLoss(nn.Module):

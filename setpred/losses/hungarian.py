@@ -14,9 +14,11 @@ from setpred.losses._common import (
     Reduction,
     charge,
     check_options,
+    check_sees_mask,
     enter,
     full_precision,
     gather_rows,
+    keep_nan,
     mean_rows,
     options_repr,
     presence_loss,
@@ -120,9 +122,11 @@ def hungarian_loss(
     Source: Zhang et al. (NeurIPS 2019), equation 2 and section 3.2; ``"bce"`` as in Carion et al., DETR (ECCV 2020).
     """
     check_options(cost, matching_cost, presence, presence_weight, reduction)
+    sets = enter(pred, target, pred_mask, target_mask, presence)
+    pred, target, present = sets.pred, sets.target, sets.present
+    if presence == "feature" and pred_mask is not None:
+        check_sees_mask(cost, pred.shape[-1])
     with full_precision(pred.device):
-        sets = enter(pred, target, pred_mask, target_mask, presence)
-        pred, target, present = sets.pred, sets.target, sets.present
         (rows, channels), cols = pred.shape[1:], target.shape[1]
         if presence == "feature":
             if cols > rows:
@@ -151,7 +155,11 @@ def hungarian_loss(
             matched = matching >= 0
             value = charge(pred, partner, cost, matched).sum(1) / matched.sum(1).clamp(min=1)
             if sets.pred_mask is not None and presence == "bce":
-                value = value + presence_weight * presence_loss(sets.pred_mask, matched)
+                value = keep_nan(value, pred) + presence_weight * presence_loss(sets.pred_mask, matched)
+            elif sets.pred_mask is not None:
+                value = keep_nan(value, pred, sets.pred_mask)
+            elif present is not None:  # else NaN has been an error of the costs
+                value = keep_nan(value, pred)
     loss = reduce(value, reduction, sets.shape)
     if not return_matching:
         return loss

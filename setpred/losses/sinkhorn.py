@@ -6,10 +6,21 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from setpred._checks import check_at_least, check_choice, check_positive
+from setpred._checks import check_choice, check_count, check_finite, check_positive
 from setpred.functional.pairwise import Cost, check_cost, cost_of_all_pairs
 from setpred.functional.sinkhorn import entropic_transport
-from setpred.losses._common import REDUCTIONS, Reduction, enter, full_precision, reduce
+from setpred.losses._common import (
+    REDUCTIONS,
+    Reduction,
+    as_weight,
+    check_sees_mask,
+    enter,
+    fill_up,
+    full_precision,
+    keep_nan,
+    nothing,
+    reduce,
+)
 
 PRESENCES = ("feature", "none")
 
@@ -71,10 +82,17 @@ def sinkhorn_loss(
     Source: Feydy et al., Interpolating between optimal transport and MMD using Sinkhorn divergences (AISTATS 2019).
     """
     _check_options(cost, epsilon, iters, presence, reduction)
+    sets = enter(pred, target, pred_mask, target_mask, presence)
+    pred, target, y_mask = sets.pred, sets.target, sets.present
+    x_mask = None if sets.pred_mask is None else as_weight(sets.pred_mask)
+    if presence == "feature":
+        if pred_mask is not None:
+            check_sees_mask(cost, pred.shape[-1])
+        target, y_mask = fill_up(sets, sized=pred_mask is not None or target_mask is not None)
+    if pred.shape[1] == 0 or target.shape[1] == 0:
+        value = nothing(pred, target) if x_mask is None else nothing(pred, target, x_mask)
+        return reduce(value, reduction, sets.shape)
     with full_precision(pred.device):
-        sets = enter(pred, target, pred_mask, target_mask, presence)
-        pred, target = sets.pred, sets.target
-        x_mask, y_mask = sets.pred_mask, None if presence == "feature" else sets.present
         if x_mask is not None:
             pred = pred.masked_fill((x_mask == 0).unsqueeze(-1), 0)
         x_weight, x_empty = _weights(pred, x_mask)
@@ -92,7 +110,7 @@ def sinkhorn_loss(
         if debias:
             own = transport(pred, pred, x_weight, x_weight) + transport(target, target, y_weight, y_weight)
             value = value - own / 2
-        value = value.masked_fill(x_empty | y_empty, 0)
+        value = keep_nan(value.masked_fill(x_empty | y_empty, 0), pred, target, x_weight)
     return reduce(value, reduction, sets.shape)
 
 
@@ -107,7 +125,8 @@ def _weights(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 def _check_options(cost: object, epsilon: float, iters: int, presence: object, reduction: object) -> None:
     check_cost("cost", cost)
     check_positive("epsilon", epsilon)
-    check_at_least("iters", iters, 1)
+    check_finite("epsilon", epsilon)
+    check_count("iters", iters)
     check_choice("presence", presence, PRESENCES)
     check_choice("reduction", reduction, REDUCTIONS)
 

@@ -53,7 +53,7 @@ def test_all_steps_are_averaged_the_first_included(make_set_loss: Any) -> None:
     expected = sum(per_step) / (T + 1)
     problem.assert_equal(loss(prediction, problem.target, problem.mask), expected)
     problem.assert_equal(
-        loss(prediction, problem.target, problem.mask, problem.z), expected + 0.1 * problem.representation_term()
+        loss(prediction, problem.target, problem.mask, z=problem.z), expected + 0.1 * problem.representation_term()
     )
 
 
@@ -67,7 +67,7 @@ def test_the_last_step_alone(differentiate: str, weight: float, kind: str) -> No
     expected = squared(prediction.elements, problem.target, prediction.mask, problem.mask)
     problem.assert_equal(loss(prediction, problem.target, problem.mask), expected)
     problem.assert_equal(
-        loss(prediction, problem.target, problem.mask, problem.z),
+        loss(prediction, problem.target, problem.mask, z=problem.z),
         expected + weight * problem.representation_term(kind),
     )
 
@@ -77,7 +77,7 @@ def test_without_a_mask_all_targets_are_present() -> None:
     loss, prediction = DSPNLoss(problem.encoder, HungarianLoss()), problem.decoder(problem.z)
     ones = torch.ones(B, N, dtype=torch.float64)
     problem.assert_equal(
-        loss(prediction, problem.target, z=problem.z), loss(prediction, problem.target, ones, problem.z)
+        loss(prediction, problem.target, z=problem.z), loss(prediction, problem.target, ones, z=problem.z)
     )
 
 
@@ -89,7 +89,7 @@ def test_values_of_absent_targets_are_not_seen(make_set_loss: Any, garbage: floa
     loss, prediction = DSPNLoss(problem.encoder, make_set_loss()), problem.decoder(problem.z)
     absent = (problem.mask == 0).unsqueeze(-1)
     values = [
-        loss(prediction, problem.target.masked_fill(absent, value), problem.mask.to(dtype), problem.z)
+        loss(prediction, problem.target.masked_fill(absent, value), problem.mask.to(dtype), z=problem.z)
         for value in (0.0, garbage)
     ]
     assert values[0].isfinite()
@@ -100,7 +100,7 @@ def test_gradients_of_the_representation_term_reach_encoder_and_vector() -> None
     problem = Problem()
     prediction = SetPrediction(*(part.detach() for part in problem.decoder(problem.z)[:2]))
     loss = DSPNLoss(problem.encoder, squared, steps="last")
-    loss(prediction, problem.target, problem.mask, problem.z).backward()
+    loss(prediction, problem.target, problem.mask, z=problem.z).backward()
     assert problem.z.grad.any()
     assert all(p.grad.any() for p in problem.encoder.parameters())
     assert problem.decoder.initial_elements.grad is None
@@ -129,7 +129,7 @@ def test_a_model_that_holds_decoder_and_loss_is_copied_with_one_encoder() -> Non
     loss = copied["loss"]
     loss.steps = "last"
     z = torch.full((B, D), 3.0, dtype=torch.float64)
-    without, with_term = (loss(prediction, problem.target, problem.mask, given) for given in (None, z))
+    without, with_term = (loss(prediction, problem.target, problem.mask, z=given) for given in (None, z))
     assert (with_term - without).item() == pytest.approx(0.1 * 2.5)  # the encoder of the copy gives zeros
 
 
@@ -184,12 +184,14 @@ def test_refuses_settings(message: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
-        (ValueError, r"`target` must have shape \(B, N, 2\), got .* \(3, 4, 5\)", {"target": torch.zeros(3, 4, 5)}),
-        (ValueError, r"`target` must have shape \(B, N, 2\), got .* \(3, 2\)", {"target": torch.zeros(3, 2)}),
+        (ValueError, r"`target` must have shape \(3, M, 2\), got .* \(3, 4, 5\)", {"target": torch.zeros(3, 4, 5)}),
+        (ValueError, r"`target` must have shape \(3, M, 2\), got .* \(3, 2\)", {"target": torch.zeros(3, 2)}),
         (TypeError, "`target` must have a floating dtype, got int64", {"target": torch.zeros(3, 4, 2).long()}),
         (ValueError, r"`target_mask` must have shape \(3, 4\), got", {"target_mask": torch.zeros(3, 5)}),
         (TypeError, "`target_mask` must be bool or floating", {"target_mask": torch.zeros(3, 4).long()}),
-        (ValueError, r"`target` must have shape \(3, 6\), got .* \(3, 5\)", {"z": torch.zeros(3, 5)}),
+        (ValueError, r"`z` must have shape \(3, 6\), got .* \(3, 5\)", {"z": torch.zeros(3, 5)}),
+        (TypeError, "`z` must have a floating dtype, got int64", {"z": torch.zeros(3, 6).long()}),
+        (ValueError, r"`target` must have shape \(3, M, 2\), got .* \(2, 4, 2\)", {"target": torch.zeros(2, 4, 2)}),
     ],
 )
 def test_refuses_inputs(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:

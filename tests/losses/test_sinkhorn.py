@@ -72,7 +72,7 @@ def test_small_epsilon_is_the_hungarian_loss() -> None:
 def test_a_shuffled_set_costs_nothing_another_something(presence: str) -> None:
     pred, target, pred_mask, target_mask = random_sets(5, 5)
     target, shuffle = target * target_mask.unsqueeze(-1), torch.randperm(5)
-    same = sinkhorn_loss(target[:, shuffle], target, target_mask[:, shuffle], target_mask, presence=presence)
+    same = sinkhorn_loss(target[:, shuffle], target, target_mask[:, shuffle].double(), target_mask, presence=presence)
     assert same.abs() < 1e-4
     assert (sinkhorn_loss(pred, target, pred_mask, target_mask, presence=presence, reduction="none") > 1e-3).all()
 
