@@ -46,21 +46,24 @@ def chamfer_loss(
 
     Costs are not rooted, and the two means are added, not averaged. ``presence`` says how a set's size enters:
 
-    - ``"feature"`` (the paper): the mask is one more channel on both sides, ones where it is None, and all rows count;
-      absent targets are zeros.
+    - ``"feature"`` (the paper): the mask is one more channel on both sides, ones where it is None, and all rows count.
+      Absent targets are zeros, and M counts as N, or as the present targets if those are more: however a set was
+      padded, its loss is the same. Where neither side has a mask, both are taken as they are.
     - ``"none"``: only what is present counts. The first mean is weighted by ``pred_mask``, through which gradients
-      flow; predictions whose mask is 0 do not exist. Where one of the sets is empty, the value is 0.
+      flow; predictions whose mask is 0 do not exist, and a negative mask makes the loss NaN. Where one of the sets is
+      empty, the value is 0.
     - ``"bce"``: the same, and the predicted mask is scored against who is the nearest of some target:
       :math:`w \frac{1}{N} \sum_i \operatorname{BCE}(\hat m_i, [i \text{ is nearest to some } j])` is added.
 
-    Values of absent targets, NaN too, are never seen. Costs are computed in float32 at least, under autocast too.
-    Neighbours are found without a graph, in memory that grows with N + M: see
+    Values of what is absent, NaN too, are never seen; any other NaN makes the set's loss NaN. Costs are computed in
+    float32 at least, under autocast too. Neighbours are found without a graph, in memory that grows with N + M: see
     :func:`~setpred.functional.nearest.nearest_neighbours`.
 
     Args:
         pred: Predicted elements, shape ``(B, N, C)``, or ``(K, B, N, C)`` for K predictions of the same targets.
         target: Target elements, shape ``(B, M, C)``.
-        pred_mask: Predicted presence in [0, 1], shape ``(B, N)`` or ``(K, B, N)``.
+        pred_mask: Predicted presence in [0, 1], floating, shape ``(B, N)`` or ``(K, B, N)``. With ``"bce"`` its values
+            are checked, which waits for the device.
         target_mask: Bool or float {0, 1}, shape ``(B, M)``; None means that all are present.
         cost: Cost d of a pair: ``"huber"``, ``"mse"``, ``"l1"``, or a callable ``(B, N, C), (B, M, C) -> (B, N, M)``,
             see :func:`~setpred.functional.pairwise.pairwise_cost`.
@@ -73,8 +76,9 @@ def chamfer_loss(
         The loss.
 
     Raises:
-        ValueError: If a shape is wrong or a choice is unknown.
-        TypeError: If a dtype is wrong.
+        ValueError: If a shape is wrong, a choice is unknown, ``pred_mask`` is not in [0, 1] with ``"bce"``, or ``cost``
+            is known to leave out the mask that ``"feature"`` made a channel.
+        TypeError: If a dtype is wrong, as bool is for ``pred_mask``.
 
     Example:
         >>> pred, target = torch.tensor([[[0.0], [4.0]]]), torch.tensor([[[1.0]]])
@@ -151,7 +155,7 @@ class ChamferLoss(nn.Module):
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Raises:
-        ValueError: If a choice is unknown or the weight is negative.
+        ValueError: If a choice is unknown or the weight is negative or not finite.
 
     Example:
         >>> loss = ChamferLoss("mse", presence="none")

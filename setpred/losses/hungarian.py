@@ -85,15 +85,17 @@ def hungarian_loss(
       predictions are matched. Absent targets are zeros; with fewer target rows than predictions, absent ones are added.
     - ``"bce"``: present targets are matched to any predictions; the predicted mask is scored against who was matched:
       :math:`w \frac{1}{N} \sum_i \operatorname{BCE}(\hat m_i, [i \text{ matched}])` is added.
-    - ``"none"``: present targets are matched, ``pred_mask`` is not looked at.
+    - ``"none"``: present targets are matched, ``pred_mask`` is not scored.
 
-    In the last two, a set without targets has a matching cost of 0. Values of absent targets, NaN too, are never seen.
-    Costs are computed in float32 at least, under autocast too; the matching has no gradient.
+    In the last two, a set without targets has a matching cost of 0. Values of absent targets, NaN too, are never seen;
+    NaN in what is predicted is an error or makes the set's loss NaN. Costs are computed in float32 at least, under
+    autocast too; the matching has no gradient.
 
     Args:
         pred: Predicted elements, shape ``(B, N, C)``, or ``(K, B, N, C)`` for K predictions of the same targets.
         target: Target elements, shape ``(B, M, C)``.
-        pred_mask: Predicted presence in [0, 1], shape ``(B, N)`` or ``(K, B, N)``.
+        pred_mask: Predicted presence in [0, 1], floating, shape ``(B, N)`` or ``(K, B, N)``. With ``"bce"`` its values
+            are checked, which waits for the device.
         target_mask: Bool or float {0, 1}, shape ``(B, M)``; None means that all are present.
         cost: Cost d of a pair: ``"huber"``, ``"mse"``, ``"l1"``, or a callable ``(B, N, C), (B, M, C) -> (B, N, M)``,
             see :func:`~setpred.functional.pairwise.pairwise_cost` and, to compose one,
@@ -111,8 +113,10 @@ def hungarian_loss(
 
     Raises:
         ValueError: If a shape is wrong, a choice is unknown, there are more targets than predictions (in
-            ``"feature"`` rows, else present ones), or the costs of a sample are NaN or leave no assignment.
-        TypeError: If a dtype is wrong.
+            ``"feature"`` rows, else present ones), the costs of a sample are NaN or leave no assignment, ``pred_mask``
+            is not in [0, 1] with ``"bce"``, or ``cost`` is known to leave out the mask that ``"feature"`` made a
+            channel.
+        TypeError: If a dtype is wrong, as bool is for ``pred_mask``.
 
     Example:
         >>> pred, target = torch.tensor([[[0.0], [5.0]]]), torch.tensor([[[5.5], [0.0]]])
@@ -184,7 +188,7 @@ class HungarianLoss(nn.Module):
         solver: ``"auto"``, ``"scipy"``, ``"cuda"`` or a callable.
 
     Raises:
-        ValueError: If a choice is unknown or the weight is negative.
+        ValueError: If a choice is unknown or the weight is negative or not finite.
 
     Example:
         >>> loss = HungarianLoss("mse", presence="none")

@@ -49,14 +49,18 @@ def sinkhorn_loss(
     Hungarian loss (epsilon towards 0, equal sizes) and a kernel distance (epsilon large). Differentiable once.
 
     - ``presence="feature"``: the mask is one more channel on both sides, ones where it is None, and all rows weigh
-      the same.
+      the same. Absent targets are zeros, and M counts as N, or as the present targets if those are more: however a
+      set was padded, its loss is the same. Where neither side has a mask, both are taken as they are.
     - ``presence="none"``: predictions weigh as their mask says, through which gradients flow, and all present targets
-      the same; each side's weights sum to 1. Where one of the sets is empty, the value is 0.
+      the same; each side's weights sum to 1. A negative mask makes the loss NaN. Where one of the sets is empty, the
+      value is 0.
+
+    Values of what is absent, NaN too, are never seen; any other NaN makes the set's loss NaN.
 
     Args:
         pred: Predicted elements, shape ``(B, N, C)``, or ``(K, B, N, C)`` for K predictions of the same targets.
         target: Target elements, shape ``(B, M, C)``.
-        pred_mask: Predicted presence in [0, 1], shape ``(B, N)`` or ``(K, B, N)``.
+        pred_mask: Predicted presence in [0, 1], floating, shape ``(B, N)`` or ``(K, B, N)``.
         target_mask: Bool or float {0, 1}, shape ``(B, M)``; None means that all are present.
         cost: Cost of a pair: ``"huber"``, ``"mse"``, ``"l1"``, or a callable ``(B, N, C), (B, M, C) -> (B, N, M)``; for
             the divergence it must be symmetric.
@@ -71,8 +75,9 @@ def sinkhorn_loss(
         The loss.
 
     Raises:
-        ValueError: If a shape is wrong, a number out of its range, or a choice unknown.
-        TypeError: If a dtype is wrong.
+        ValueError: If a shape is wrong, a number out of its range, a choice unknown, or ``cost`` is known to leave out
+            the mask that ``"feature"`` made a channel.
+        TypeError: If a dtype is wrong, as bool is for ``pred_mask``.
 
     Example:
         >>> x, y = torch.tensor([[[0.0], [1.0]]]), torch.tensor([[[1.0], [0.0]]])
