@@ -79,9 +79,10 @@ def pad_sets(sets: Iterable[Tensor], size: int | None = None) -> tuple[Tensor, T
         tensor([[ True, False, False],
                 [ True,  True,  True]])
     """
-    if not isinstance(sets, Iterable):
-        raise TypeError(f"`sets` must be a list of tensors, got {sets!r} ({type(sets).__name__})")
-    sets = list(sets)
+    try:
+        sets = list(sets)
+    except TypeError as error:
+        raise TypeError(f"`sets` must be a list of tensors, got {sets!r} ({type(sets).__name__})") from error
     if len(sets) == 0:
         raise ValueError("`sets` must hold at least one set, got none")
     check_shape("sets[0]", sets[0], "n", "C")

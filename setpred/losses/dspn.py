@@ -124,6 +124,12 @@ class DSPNLoss(nn.Module):
         if target_mask is not None:
             target = target.masked_fill((target_mask == 0).unsqueeze(-1), 0)
         missing = rows - target.shape[1]
+        if missing < 0 and z is not None and self.repr_weight > 0:
+            # The surplus may be absent, but to see that would wait for the device.
+            raise ValueError(
+                "`target` must have at most as many rows as `prediction` to be encoded, "
+                f"got {target.shape[1]} and {rows}"
+            )
         if missing > 0:
             target_mask = target.new_ones(target.shape[:2]) if target_mask is None else target_mask
             target, target_mask = F.pad(target, (0, 0, 0, missing)), F.pad(target_mask, (0, missing))
@@ -131,11 +137,6 @@ class DSPNLoss(nn.Module):
         check_shape("set_loss(pred, target, pred_mask, target_mask)", loss)
         if z is None or self.repr_weight == 0:
             return loss
-        if missing < 0:  # the surplus may be absent, but to see that would wait for the device
-            raise ValueError(
-                "`target` must have at most as many rows as `prediction` to be encoded, "
-                f"got {target.shape[1]} and {rows}"
-            )
         dtype = parameter_dtype(self._encoder[0]) or target.dtype
         encoded = self._encoder[0](target.to(dtype), None if target_mask is None else target_mask.to(dtype))
         check_shape("encoder(target, target_mask)", encoded, batch, "D")

@@ -86,7 +86,7 @@ def sinkhorn_loss(
 
     Source: Feydy et al., Interpolating between optimal transport and MMD using Sinkhorn divergences (AISTATS 2019).
     """
-    _check_options(cost, epsilon, iters, presence, reduction)
+    _check_options(cost, epsilon, iters, debias, presence, reduction)
     sets = enter(pred, target, pred_mask, target_mask, presence)
     pred, target, y_mask = sets.pred, sets.target, sets.present
     x_mask = None if sets.pred_mask is None else as_weight(sets.pred_mask)
@@ -127,11 +127,12 @@ def _weights(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.where(empty, 1 / max(x.shape[1], 1), weight / torch.where(empty, 1, total)), empty.squeeze(1)
 
 
-def _check_options(cost: object, epsilon: float, iters: int, presence: object, reduction: object) -> None:
+def _check_options(cost: object, epsilon: float, iters: int, debias: bool, presence: object, reduction: object) -> None:
     check_cost("cost", cost)
     check_positive("epsilon", epsilon)
     check_finite("epsilon", epsilon)
     check_count("iters", iters)
+    check_choice("debias", debias, (True, False))
     check_choice("presence", presence, PRESENCES)
     check_choice("reduction", reduction, REDUCTIONS)
 
@@ -169,7 +170,7 @@ class SinkhornLoss(nn.Module):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        _check_options(cost, epsilon, iters, presence, reduction)
+        _check_options(cost, epsilon, iters, debias, presence, reduction)
         self.cost = cost
         self.epsilon = epsilon
         self.iters = iters

@@ -172,6 +172,7 @@ def test_refuses_all_steps_of_a_detached_trajectory() -> None:
     [
         ("`repr_weight` must be at least 0, got -1", {"repr_weight": -1}),
         ("`repr_weight` must be at least 0, got nan", {"repr_weight": math.nan}),
+        ("`repr_weight` must be finite, got inf", {"repr_weight": math.inf}),
         ("`repr_loss` must be one of 'huber', 'mse', got 'l1'", {"repr_loss": "l1"}),
         ("`steps` must be one of 'all', 'last', got 'first'", {"steps": "first"}),
     ],
@@ -198,3 +199,50 @@ def test_refuses_inputs(error: type[Exception], message: str, arguments: dict[st
     problem = Problem()
     with pytest.raises(error, match=message):
         DSPNLoss(problem.encoder, squared)(problem.decoder(problem.z), **{"target": problem.target} | arguments)
+
+
+@pytest.mark.parametrize("name", ["encoder", "set_loss"])
+@pytest.mark.parametrize("value", [None, "huber", 1.0])
+def test_refuses_what_cannot_be_called(name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=f"`{name}` must be callable, got {value!r}"):
+        DSPNLoss(**{"encoder": Problem().encoder, "set_loss": squared} | {name: value})
+
+
+def test_refuses_other_predictions() -> None:
+    problem = Problem()
+    loss = DSPNLoss(problem.encoder, squared, steps="last")
+    elements, mask, _ = problem.decoder(problem.z)
+    for prediction in (elements, (elements, mask), None):
+        with pytest.raises(TypeError, match="`prediction` must be a SetPrediction, got"):
+            loss(prediction, problem.target)
+    for error, message, prediction in [
+        (TypeError, "`prediction.elements` must be a tensor", SetPrediction(None, None)),
+        (ValueError, r"`prediction.elements` must have shape \(B, N, C\)", SetPrediction(elements[0], mask[0])),
+        (ValueError, r"`prediction.mask` must have shape \(3, 4\)", SetPrediction(elements, mask[:2])),
+        (TypeError, "`prediction.mask` must be floating: a bool mask", SetPrediction(elements, mask > 0.5)),
+    ]:
+        with pytest.raises(error, match=message):
+            loss(prediction, problem.target)
+
+
+@pytest.mark.parametrize("set_loss", [HungarianLoss(reduction="none"), ChamferLoss(reduction="none")])
+@pytest.mark.parametrize("steps", ["all", "last"])
+def test_refuses_a_set_loss_that_is_not_reduced(set_loss: nn.Module, steps: str) -> None:
+    problem = Problem()
+    with pytest.raises(ValueError, match=r"`set_loss\(.*\)` must have shape \(\), got float64 of shape"):
+        DSPNLoss(problem.encoder, set_loss, steps=steps)(problem.decoder(problem.z), problem.target, z=problem.z)
+
+
+@pytest.mark.parametrize("result", [lambda x: x, lambda x: x.sum(), lambda x: x.sum(1)[:2], lambda x: x.sum(1).long()])
+def test_refuses_what_is_no_encoding(result: Any) -> None:
+    problem = Problem()
+    with pytest.raises((ValueError, TypeError), match=r"`encoder\(target, target_mask\)` must have"):
+        DSPNLoss(lambda elements, mask: result(elements), squared)(
+            problem.decoder(problem.z), problem.target, z=problem.z
+        )
+
+
+def test_z_is_given_by_name() -> None:
+    problem = Problem()
+    with pytest.raises(TypeError, match="positional"):
+        DSPNLoss(problem.encoder, squared)(problem.decoder(problem.z), problem.target, problem.mask, problem.z)

@@ -153,7 +153,8 @@ def test_padding_compiles(loss: nn.Module, rows: int) -> None:
 def test_dspn_loss_compiles(rows: int) -> None:
     torch.compiler.reset()
     encoder = PooledEncoder(C, D, 8)
-    prediction = DSPNDecoder(encoder, iters=2, set_size=N, channels=C)(torch.randn(2, D))
+    with torch.no_grad():
+        prediction = DSPNDecoder(encoder, iters=2, set_size=N, channels=C)(torch.randn(2, D))
     outer = DSPNLoss(encoder, ChamferLoss(presence="bce"))
     target, present, z = torch.rand(2, rows, C), torch.ones(2, rows, dtype=torch.bool), torch.randn(2, D)
     compiled = torch.compile(outer, fullgraph=True, backend="eager")
