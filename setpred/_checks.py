@@ -67,6 +67,15 @@ def check_mask(name: str, mask: Tensor | None, shape: torch.Size | tuple[int, ..
         raise ValueError(f"`{name}` must have shape {tuple(shape)}, got {_described(mask)}")
 
 
+def check_soft_mask(name: str, mask: Tensor | None, shape: torch.Size | tuple[int, ...]) -> None:
+    """Raise unless ``mask``, a predicted one, is None or floating of exactly ``shape``."""
+    check_mask(name, mask, shape)
+    if mask is not None and mask.dtype == torch.bool:
+        raise TypeError(
+            f"`{name}` must be floating: a bool mask is a target's, for `target_mask`; got {_described(mask)}"
+        )
+
+
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:
     """Raise unless ``value`` is one of ``choices``."""
     if value not in choices:

@@ -81,4 +81,4 @@ def make_loss(options: argparse.Namespace, encoder: nn.Module, set_loss: SetLoss
         repr_weight=repr_weight if dspn else 0.0,
         steps=(options.loss_steps or "all") if dspn else "last",
     )
-    return lambda prediction, batch, z: loss(prediction, batch.elements, batch.mask, z)
+    return lambda prediction, batch, z: loss(prediction, batch.elements, batch.mask, z=z)

@@ -37,7 +37,7 @@ class SetEncoder(Protocol):
 
 
 def parameter_dtype(encoder: object) -> torch.dtype | None:
-    """Dtype of the encoder's first floating parameter, None if it has none."""
+    """Dtype of an encoder's first floating parameter, None if it has none: what it is given is cast to that."""
     for parameter in encoder.parameters() if isinstance(encoder, nn.Module) else ():
         if parameter.is_floating_point():
             return parameter.dtype

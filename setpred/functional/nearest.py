@@ -11,6 +11,7 @@ from torch import Tensor
 
 from setpred._checks import check_mask, check_shape, in_transform
 from setpred.functional._batching import in_front
+from setpred.functional._precision import common_dtype
 from setpred.functional.pairwise import Cost, check_cost, cost_of_all_pairs
 
 _TREE_NORM = {"mse": 2, "l1": 1}  # the costs that are monotone functions of a norm
@@ -54,7 +55,7 @@ def nearest_neighbours(
     check_cost("cost", cost)
     check_mask("x_mask", x_mask, x.shape[:2])
     check_mask("y_mask", y_mask, y.shape[:2])
-    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    dtype = common_dtype(x, y)
     x, y = x.detach().to(dtype), y.detach().to(dtype)
     x_mask, y_mask = (None if mask is None else mask.bool() for mask in (x_mask, y_mask))
     if callable(cost):

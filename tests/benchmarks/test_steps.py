@@ -29,7 +29,7 @@ class Clevr:
     def train(self) -> None:
         self.decoder.zero_grad()
         prediction = self.decoder(self.z, record=False)
-        self.loss(prediction, self.target, self.mask, self.z).backward()
+        self.loss(prediction, self.target, self.mask, z=self.z).backward()
 
 
 class ClevrPooled(Clevr):

@@ -13,12 +13,14 @@ from setpred import (
     DSPNDecoder,
     DSPNLoss,
     FSPool,
+    HungarianLoss,
     PooledEncoder,
     SetPrediction,
     hungarian_loss,
     linear_assignment,
     on_channels,
     pad_sets,
+    unpad_sets,
 )
 from setpred.functional import assignment
 from setpred.metrics import average_precision
@@ -77,9 +79,24 @@ CALLS: list[Callable[[], object]] = [
     lambda: PooledEncoder(4, 16)(rows[:, :0]),
     lambda: pad_sets([torch.rand(12, 2)], size=10),
     lambda: hungarian_loss(torch.rand(1, 10, 2), torch.rand(1, 12, 2), torch.rand(1, 10), presence="feature"),
+    lambda: DSPNLoss(PooledEncoder(2, 8), hungarian_loss, steps="last")(
+        SetPrediction(torch.rand(1, 10, 2), torch.rand(1, 10)),
+        torch.rand(1, 12, 2),
+        torch.ones(1, 12),
+        z=torch.rand(1, 8),
+    ),
+    lambda: hungarian_loss(sets, sets, mask.bool()),
+    lambda: hungarian_loss(sets, sets, 1.5 * mask, presence="bce"),
+    lambda: hungarian_loss(sets, sets, mask, cost=on_channels("l1", slice(0, 2))),
     lambda: hungarian_loss(sets, sets, presence="bce"),
     lambda: outer_loss(decoder().eval()(torch.randn(3, 8))),
     lambda: outer_loss(decoder(differentiate="implicit")(torch.randn(3, 8), record=True)),
+    lambda: outer_loss((sets, mask)),
+    lambda: DSPNLoss(PooledEncoder(2, 8), hungarian_loss)(SetPrediction(sets, mask), sets, mask, torch.rand(3, 8)),
+    lambda: DSPNLoss(PooledEncoder(2, 8), HungarianLoss(reduction="none"), steps="last")(
+        SetPrediction(sets, mask), sets
+    ),
+    lambda: unpad_sets(sets, mask.index_fill(0, torch.tensor([1]), torch.nan)),
     lambda: linear_assignment(torch.full((4, 10, 10), torch.nan).index_fill(0, torch.arange(3), 0.0)),
     lambda: linear_assignment(torch.full((1, 2, 2), torch.inf)),
     lambda: hungarian_loss(torch.rand(1, 2, 6), torch.rand(1, 2, 6), cost=eight_to_twelve, presence="none"),
