@@ -60,7 +60,7 @@ def make_parser(experiment: Described) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    what = parser.add_argument_group("what to do (default: train, then evaluate on the test split)")
+    what = parser.add_argument_group("what to do")
     what.add_argument("--quick", action="store_true", help="a few steps on little data: shows that it runs")
     what.add_argument(
         "--resume",
@@ -71,8 +71,8 @@ def make_parser(experiment: Described) -> argparse.ArgumentParser:
         "--evaluate",
         type=Path,
         metavar="CHECKPOINT",
-        help="evaluate it on the test split, train nothing; the options are those that it was trained with, except for "
-        f"{flags([*EVALUATION[1:], *EVALUATED, *experiment.evaluated])}",
+        help="evaluate it on the test split, with the options that it was trained with; only "
+        f"{flags([*EVALUATION[1:], *EVALUATED, *experiment.evaluated])} may be given (default: train, then evaluate)",
     )
     budget = parser.add_argument_group("budget (one of them)").add_mutually_exclusive_group()
     budget.add_argument(
