@@ -12,6 +12,7 @@ within a distance, in the scene's units.
 
 import argparse
 
+import common.requirements  # noqa: F401
 from common.batches import Batch
 from common.clevr_task import ClevrExperiment
 from common.decoders import DESCENT
@@ -27,10 +28,9 @@ DISTANCES = (float("inf"), 1.0, 0.5, 0.25, 0.125)
 
 
 class ClevrState(ClevrExperiment):
-    """The experiment, for the engine."""
+    """What the engine is told."""
 
     name = "clevr_state"
-    description = __doc__
     target = "states"
 
     def score(self, predictions: Predictions) -> dict[str, float]:
