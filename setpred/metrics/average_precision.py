@@ -210,7 +210,7 @@ def _exists(name: str, mask: Tensor | None, elements: Tensor) -> Tensor:
 
 def _as_thresholds(value: float | Sequence[float]) -> Tensor:
     try:
-        thresholds = torch.as_tensor(value, dtype=torch.float64).detach().clone()
+        thresholds = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach().clone()
     except (TypeError, ValueError, RuntimeError):
         thresholds = torch.zeros(0)
     if thresholds.dim() > 1 or thresholds.numel() == 0:
@@ -400,7 +400,7 @@ class AveragePrecision:
             right[:, exists],
             exists.sum(1),
             present.sum(1),
-            torch.full((len(pred),), float(batch) if self.first_only else 1.0),
+            self.thresholds.new_full((len(pred),), batch if self.first_only else 1),
         )
         self._judged.append(_Judged(*(part.cpu() for part in judged)))
 
@@ -410,18 +410,19 @@ class AveragePrecision:
         Returns:
             One value per threshold, float64 on the CPU: a scalar, or shape ``(T,)``. NaN where there is no target.
         """
+        zeros = self.thresholds.new_zeros  # whatever the default device and dtype
         nothing = _Judged(
-            torch.zeros(0, dtype=torch.float64),
-            torch.zeros(self.thresholds.numel(), 0, dtype=torch.bool),
-            torch.zeros(0, dtype=torch.int64),
-            torch.zeros(0, dtype=torch.int64),
-            torch.zeros(0),
+            zeros(0),
+            zeros(self.thresholds.numel(), 0, dtype=torch.bool),
+            zeros(0, dtype=torch.int64),
+            zeros(0, dtype=torch.int64),
+            zeros(0),
         )
         parts = zip(*(nothing, *self._judged), strict=True)
         judged = _Judged(*(torch.cat(part, -1) for part in parts))
         if self.average == "pooled":
             return self._area(judged.score, judged.right, int(judged.targets.sum()))
-        total, weight = torch.zeros(self.thresholds.shape, dtype=torch.float64), 0.0
+        total, weight = zeros(self.thresholds.shape), 0.0
         sizes = judged.predictions.tolist()
         sets = zip(
             torch.split(judged.score, sizes),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from setpred import DSPNDecoder, PooledEncoder, SetPrediction
-from tests import oracles
+from tests import devices, oracles
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 N, C, D = 4, 2, 6
@@ -53,7 +53,7 @@ def gradients(value: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     """Of a value's random but fixed projection; zeros where it does not depend on an input."""
     if not value.requires_grad:
         return [torch.zeros_like(part) for part in inputs]
-    weight = torch.randn(value.shape, dtype=value.dtype, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(value.shape, dtype=value.dtype, generator=devices.generator(1))
     return list(torch.autograd.grad((value * weight).sum(), inputs, retain_graph=True, materialize_grads=True))
 
 
@@ -210,9 +210,9 @@ def test_random_start_is_fresh_unless_a_generator_repeats_it() -> None:
     assert abs(one.mean()) < 0.01
     assert list(decoder.parameters()) == list(decoder.encoder.parameters())
 
-    state = torch.get_rng_state()
-    assert torch.equal(start(torch.Generator().manual_seed(5)), start(torch.Generator().manual_seed(5)))
-    assert torch.equal(torch.get_rng_state(), state)
+    state = devices.random_state()
+    assert torch.equal(start(devices.generator(5)), start(devices.generator(5)))
+    assert torch.equal(devices.random_state(), state)
 
 
 @pytest.mark.parametrize("masked", [False, True])

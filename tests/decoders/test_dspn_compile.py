@@ -57,6 +57,7 @@ def test_training(make_encoder: type[nn.Module], name: str) -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ on the CPU")
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own imports
+@pytest.mark.filterwarnings("ignore::UserWarning:torch._inductor")  # on CUDA: of TF32, which is off
 def test_training_with_the_default_backend() -> None:
     assert_trains_the_same(make_decoder(RelationEncoder, "paper"), backend="inductor")
 

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from setpred import DSPNDecoder, FSPool, PooledEncoder, SetEncoder
+from tests import devices
 
 N, C, D = 4, 2, 8
 BOTH_DERIVATIVES = pytest.mark.parametrize("differentiate", ["unrolled", "implicit"])
@@ -282,7 +283,7 @@ def test_checkpoint_gives_the_same_gradients(make_layer: Callable[[], nn.Module]
     expected = gradients_of(decoder, z)
     decoder.checkpoint = True
     torch.testing.assert_close(gradients_of(decoder, z), expected)
-    with torch.autocast("cpu", torch.bfloat16):
+    with devices.autocast(torch.bfloat16):
         under_autocast = gradients_of(decoder, z)
         decoder.checkpoint = False
         torch.testing.assert_close(under_autocast, gradients_of(decoder, z))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from setpred import DSPNDecoder, PooledEncoder, RelationEncoder, SetPrediction
+from tests import devices
 
 PRESETS = pytest.mark.parametrize("name", ["paper", "idspn"])
 ENCODERS = pytest.mark.parametrize("make_encoder", [RelationEncoder, PooledEncoder])
@@ -101,9 +102,9 @@ class Start(nn.Module):
 def test_trains_under_autocast(make_encoder: type[nn.Module], name: str, make_init: Any) -> None:
     backbone, decoder = nn.Linear(8, 16), make_decoder(name, make_encoder, init=make_init())
     x = torch.randn(3, 8)
-    generator = torch.Generator()
+    generator = devices.generator(0)
     expected = decoder(backbone(x), generator=generator.manual_seed(0))
-    with torch.autocast("cpu", torch.bfloat16):
+    with devices.autocast(torch.bfloat16):
         z = backbone(x)
         assert z.dtype == torch.bfloat16
         prediction = decoder(z, generator=generator.manual_seed(0))

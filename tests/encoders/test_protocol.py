@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
 from setpred import FSPool, PooledEncoder, RelationEncoder, SetEncoder
 from setpred.encoders.base import EncoderBase
+from tests import devices
+from tests.devices import gradcheck, gradgradcheck
 
 ENCODERS = [PooledEncoder, RelationEncoder]
 POOLS = ["fspool", "sum", "mean", "max"]
@@ -196,7 +197,7 @@ def test_autocast_is_close(cls: type[EncoderBase], pool: str) -> None:
     encoder = build(cls, pool, hidden=16)
     elements, mask, z = torch.rand(3, 6, 2), torch.rand(3, 6), torch.randn(3, 5)
     expected = encoder(elements, mask)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with devices.autocast(torch.bfloat16):
         actual = encoder(elements, mask)
         of_elements, of_mask = gradients(encoder, elements, mask, z)
     tolerance = 20 * torch.finfo(torch.bfloat16).eps * expected.abs().max().item()
@@ -319,8 +320,8 @@ def test_a_sample_is_rounded_the_same_in_every_batch(cls: type[EncoderBase], siz
     together = of(slice(None))
     # BLAS with AVX-512 treats all columns alike, but not on every machine if they are few: RelationEncoder has one for
     # a set of one, and nine for a set of three.
-    exact = torch.backends.cpu.get_cpu_capability() == "AVX512" and (cls is PooledEncoder or size > 3)
-    tolerance = 0 if exact else 1e-4
+    exact = devices.products_are_rounded_alike() and (cls is PooledEncoder or size > 3)
+    tolerance = 0 if exact else devices.ENCODED_ALIKE[devices.here().type]
     for b in range(batch):
         for a, t in zip(of(slice(b, b + 1)), together, strict=True):
             torch.testing.assert_close(a[0], t[b], rtol=tolerance, atol=tolerance)

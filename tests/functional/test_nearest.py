@@ -11,6 +11,7 @@ from setpred.functional.nearest import nearest_neighbours
 from setpred.functional.pairwise import pairwise_cost
 
 KINDS = pytest.mark.parametrize("kind", ["huber", "mse", "l1"])
+TREES = pytest.mark.cpu_only("SciPy's trees")
 
 
 def by_the_matrix(x: Tensor, y: Tensor, kind: str, x_mask: Tensor, y_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,7 +24,7 @@ def by_the_matrix(x: Tensor, y: Tensor, kind: str, x_mask: Tensor, y_mask: Tenso
 
 
 @KINDS
-@pytest.mark.parametrize("way", ["tiles", "tree"])
+@pytest.mark.parametrize("way", ["tiles", pytest.param("tree", marks=TREES)])
 @settings(max_examples=20)
 @given(batch=st.integers(1, 3), n=st.integers(1, 6), m=st.integers(1, 6), tile=st.integers(4, 60))
 def test_equals_the_matrix(kind: str, way: str, batch: int, n: int, m: int, tile: int) -> None:
@@ -40,6 +41,7 @@ def test_equals_the_matrix(kind: str, way: str, batch: int, n: int, m: int, tile
         assert torch.equal(other, wanted)
 
 
+@TREES
 def test_tree_is_taken_where_it_may_be() -> None:
     x = torch.rand(1, 1000, 3)
     assert nearest._tree_is_faster(x, x, "mse")

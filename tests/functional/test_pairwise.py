@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
 
 from setpred.functional.pairwise import (
     channels_seen,
@@ -20,6 +19,7 @@ from setpred.functional.pairwise import (
     sum_costs,
 )
 from tests import oracles
+from tests.devices import gradcheck, gradgradcheck
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 DOUBLE = {"dtype": torch.float64}

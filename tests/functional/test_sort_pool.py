@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
 
 from setpred.functional import piecewise_linear, sort_pool, sort_unpool
-from tests import oracles
+from tests import devices, oracles
+from tests.devices import gradcheck, gradgradcheck
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 DOUBLE = {"dtype": torch.float64}
@@ -157,7 +157,7 @@ def test_absent_elements_are_not_seen(kind: str, garbage: float) -> None:
         assert gradient[present].all()
         assert not unpooled[~present].any()
         results.append([pooled, unpooled, gradient, of_weight])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(devices.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("relaxed", [None, 0.5])
@@ -231,7 +231,7 @@ def test_low_precision_is_close(kind: str, dtype: torch.dtype) -> None:
 def test_autocast_is_close(relaxed: float | None) -> None:
     elements, weight = torch.randn(2, 50, 3), torch.rand(3, 21)
     expected, _ = sort_pool(elements, weight, relaxed=relaxed)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with devices.autocast(torch.bfloat16):
         actual, _ = sort_pool(elements, weight, relaxed=relaxed)
     assert ((actual - expected).abs() <= torch.finfo(torch.bfloat16).eps * elements.abs().sum(1)).all()
 

@@ -35,7 +35,7 @@ def test_matching(presence: str, m: int) -> None:
             assert torch.equal(chosen.sort().values, present)
             if presence != "feature":
                 cost = pairwise_cost(pred[k, b][None], target[b][present][None])[0]
-                row, col = linear_sum_assignment(cost.numpy())
+                row, col = linear_sum_assignment(cost.cpu().numpy())
                 assert torch.equal(matching[k, b][row], present[col])
 
 

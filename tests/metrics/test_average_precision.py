@@ -222,7 +222,7 @@ def test_idspn_protocol() -> None:
             )
             total[t] += batch * oracles.interpolated_area([right[i] for i in order], len(targets))
         images += batch
-    torch.testing.assert_close(metric.compute(), total / images, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(metric.compute(), (total / images).cpu(), rtol=1e-9, atol=1e-9)
 
 
 def test_dspn_protocols() -> None:

@@ -1,0 +1,250 @@
+"""Everything public follows the device and the dtype of its inputs and parameters, whatever PyTorch's defaults are.
+
+Without a GPU at hand: on `meta`, and on fake tensors of a device that is not the CPU, which have no values but refuse
+to meet tensors of another device. With one, the tests of every folder run on it too (`tests/conftest.py`).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+import setpred
+from setpred import (
+    ChamferLoss,
+    DSPNDecoder,
+    DSPNLoss,
+    FSPool,
+    FSUnpool,
+    HungarianLoss,
+    LSTMDecoder,
+    MLPDecoder,
+    PooledEncoder,
+    RelationEncoder,
+    RepresentationLoss,
+    SinkhornLoss,
+    functional,
+    metrics,
+    pad_sets,
+    unpad_sets,
+)
+
+Call = tuple[partial[Any], tuple[Any, ...]]
+Case = Callable[[], Call]  # makes modules and inputs
+
+# A device of which nothing has to be there: fake tensors on "cuda" cannot go backward where PyTorch finds no GPU.
+ELSEWHERE = "lazy"
+
+
+def presence(*shape: int) -> Tensor:
+    """A mask with holes in it."""
+    return torch.arange(shape[0] * shape[1]).view(shape) % 3 != 1
+
+
+def called(function: Callable[..., Any], *inputs: Any, **options: Any) -> Call:
+    return partial(function, **options), inputs
+
+
+def pool(*, relaxed: float | None = None) -> Case:
+    return lambda: called(FSPool(3, relaxed=relaxed), torch.rand(2, 5, 3), presence(2, 5), return_permutation=True)
+
+
+def unpool(vector: Tensor, elements: Tensor, weight: Tensor) -> Tensor:
+    return functional.sort_unpool(vector, functional.sort_pool(elements, weight)[1], weight)
+
+
+def encoder(cls: type[nn.Module], kind: str, **options: Any) -> Case:
+    return lambda: called(cls(3, 8, 16, pool=kind, **options), torch.rand(2, 5, 3), torch.rand(2, 5))
+
+
+def dspn(preset: str = "paper", **options: Any) -> Case:
+    def make() -> Call:
+        build = getattr(DSPNDecoder, preset)
+        decoder = build(PooledEncoder(3, 8, 16), set_size=5, channels=3, **{"iters": 3, "lr": 1.0} | options)
+        return called(decoder, torch.randn(2, 8), record=True)
+
+    return make
+
+
+def sets() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.rand(2, 5, 3), torch.rand(2, 4, 3), torch.rand(2, 5), presence(2, 4)
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        encoder = PooledEncoder(3, 8, 16)
+        self.decoder, self.loss = (
+            DSPNDecoder(encoder, 3, 1.0, set_size=5, channels=3),
+            DSPNLoss(encoder, HungarianLoss()),
+        )
+
+    def forward(self, z: Tensor, target: Tensor, target_mask: Tensor) -> Tensor:
+        return self.loss(self.decoder(z), target, target_mask, z)
+
+
+def measured(make: Callable[[], metrics.AveragePrecision], channels: int) -> Call:
+    def run(*batch: Tensor) -> tuple[Tensor, Tensor]:
+        metric = make()
+        before = metric.compute()
+        metric.update(*batch)
+        return before, metric.compute()
+
+    target = torch.rand(2, 4, channels)
+    return called(run, torch.cat([target, target], 1), torch.rand(2, 8), target, presence(2, 4))
+
+
+# By public name, and what is particular to the case after a comma.
+CASES: dict[str, Case] = {
+    "FSPool": pool(),
+    "FSPool, relaxed": pool(relaxed=0.5),
+    "FSUnpool": lambda: called(FSUnpool(3), torch.rand(2, 3), torch.rand(2, 5, 3).argsort(1)),
+    **{f"PooledEncoder, {kind}": encoder(PooledEncoder, kind) for kind in ("fspool", "sum", "mean", "max")},
+    "PooledEncoder, size": encoder(PooledEncoder, "fspool", size_feature=True),
+    "PooledEncoder, no mask": lambda: called(PooledEncoder(3, 8, 16, size_feature=True), torch.rand(2, 5, 3)),
+    "RelationEncoder": encoder(RelationEncoder, "fspool", size_feature=True),
+    "DSPNDecoder, paper": dspn(),
+    "DSPNDecoder, idspn": dspn("idspn"),
+    "DSPNDecoder, no mask": dspn(mask_clamp=None),
+    "DSPNDecoder, random": dspn(init="random"),
+    "DSPNDecoder, tol": dspn(tol=0.1),
+    "DSPNDecoder, checkpoint": dspn(checkpoint=True),
+    "DSPNDecoder, project": dspn(
+        "idspn", differentiate="unrolled", grad_clip=0.1, project=lambda x, mask: (x.clamp(0, 1), mask)
+    ),
+    "MLPDecoder": lambda: called(MLPDecoder(8, 5, 3, 16), torch.randn(2, 8)),
+    "MLPDecoder, no mask": lambda: called(MLPDecoder(8, 5, 3, 16, mask_clamp=None), torch.randn(2, 8)),
+    "LSTMDecoder": lambda: called(LSTMDecoder(8, 5, 3, 16), torch.randn(2, 8)),
+    **{
+        f"{name}, {kind}": lambda loss=loss, kind=kind: called(loss(presence=kind), *sets())
+        for name, loss in {"HungarianLoss": HungarianLoss, "ChamferLoss": ChamferLoss}.items()
+        for kind in ("feature", "bce", "none")
+    },
+    **{
+        f"SinkhornLoss, {kind}": lambda kind=kind: called(SinkhornLoss(iters=5, presence=kind), *sets())
+        for kind in ("feature", "none")
+    },
+    "hungarian_loss": lambda: called(setpred.hungarian_loss, *sets(), return_matching=True),
+    "chamfer_loss": lambda: called(setpred.chamfer_loss, *sets()[:2]),
+    "sinkhorn_loss": lambda: called(setpred.sinkhorn_loss, *sets()[:2], debias=False, iters=5),
+    "RepresentationLoss": lambda: called(RepresentationLoss(), torch.rand(2, 8), torch.rand(2, 8)),
+    "representation_loss": lambda: called(setpred.representation_loss, torch.rand(2, 8), torch.rand(2, 8), kind="mse"),
+    "DSPNLoss": lambda: called(Outer(), torch.randn(2, 8), torch.rand(2, 5, 3), presence(2, 5)),
+    "pad_sets": lambda: called(lambda *some: pad_sets(some, 4), torch.rand(3, 2), torch.rand(1, 2)),
+    "unpad_sets": lambda: called(unpad_sets, torch.rand(2, 5, 3), presence(2, 5)),
+    "argsort_descending": lambda: called(functional.argsort_descending, torch.rand(2, 5)),
+    "piecewise_linear": lambda: called(functional.piecewise_linear, torch.rand(3, 4), torch.rand(3, 5)),
+    "sort_pool": lambda: called(functional.sort_pool, torch.rand(2, 5, 3), torch.rand(3, 4)),
+    "sort_pool, soft": lambda: called(functional.sort_pool, torch.rand(2, 5, 3), torch.rand(3, 4), torch.rand(2, 5)),
+    "sort_unpool": lambda: called(unpool, torch.rand(2, 3), torch.rand(2, 5, 3), torch.rand(3, 4)),
+    **{
+        f"pairwise_cost, {kind}": lambda kind=kind: called(setpred.functional.pairwise_cost, *sets()[:2], kind)
+        for kind in ("huber", "mse", "l1")
+    },
+    "paired_cost": lambda: called(functional.paired_cost, torch.rand(2, 5, 3), torch.rand(2, 5, 3)),
+    "sum_costs": lambda: called(functional.sum_costs("huber", "l1"), *sets()[:2]),
+    "on_channels": lambda: called(functional.on_channels("huber", [0, 2], weight=2.0), *sets()[:2]),
+    "cross_entropy_cost": lambda: called(functional.cross_entropy_cost, *sets()[:2]),
+    "linear_assignment": lambda: called(functional.linear_assignment, torch.rand(2, 5, 4), col_mask=presence(2, 4)),
+    "matched_pairs": lambda: called(functional.matched_pairs, torch.arange(6).view(2, 3) % 4 - 1),
+    "nearest_neighbours": lambda: called(functional.nearest_neighbours, *sets()[:2], y_mask=presence(2, 4)),
+    "entropic_transport": lambda: called(
+        functional.entropic_transport, torch.rand(2, 5, 4), torch.full((2, 5), 0.2), torch.full((2, 4), 0.25), iters=5
+    ),
+    "descend": lambda: called(functional.descend, lambda y: y.square().sum(1), torch.rand(2, 3), steps=3, lr=0.1),
+    "box_iou": lambda: called(metrics.box_iou, torch.rand(2, 5, 4), torch.rand(2, 3, 4)),
+    "attribute_distance": lambda: called(
+        metrics.attribute_distance, torch.rand(2, 5, 7), torch.rand(2, 3, 7), coordinates=2, groups=(2, 3)
+    ),
+    "average_precision": lambda: called(
+        metrics.average_precision, torch.rand(2, 5, 4), torch.rand(2, 5), torch.rand(2, 3, 4), recall_points=11
+    ),
+    "AveragePrecision, boxes": lambda: measured(metrics.AveragePrecision.dspn_boxes, 4),
+    "AveragePrecision, state": lambda: measured(metrics.AveragePrecision.dspn_state, 18),
+    "AveragePrecision, idspn": lambda: measured(metrics.AveragePrecision.idspn_state, 18),
+}
+ALL = pytest.mark.parametrize("name", CASES)
+# The shape of what these give depends on values, or they look at values, or states of random numbers, to go on.
+NEED_VALUES = (
+    "DSPNDecoder, tol",
+    "DSPNDecoder, checkpoint",
+    "matched_pairs",
+    "unpad_sets",
+    "average_precision",
+    "AveragePrecision",
+)
+WITHOUT_VALUES = pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(NEED_VALUES)])
+
+
+def tensors(result: Any) -> list[Tensor]:
+    if isinstance(result, tuple | list):
+        return [x for part in result for x in tensors(part)]
+    return [result] if isinstance(result, Tensor) else []
+
+
+def run(function: partial[Any], inputs: tuple[Any, ...]) -> list[Tensor]:
+    """Results, and the gradients of parameters and inputs where there are any."""
+    torch.manual_seed(0)
+    leaves = [x.requires_grad_() for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
+    leaves += function.func.parameters() if isinstance(function.func, nn.Module) else []
+    results = tensors(function(*inputs))
+    assert results
+    total = sum(x.square().sum() for x in results if x.requires_grad)
+    if isinstance(total, Tensor):
+        results += torch.autograd.grad(total, [x for x in leaves if x.requires_grad], materialize_grads=True)
+    return results
+
+
+def test_every_public_name_is_here() -> None:
+    without_tensors = {"SetPrediction", "Trajectory", "SetEncoder", "Transport", "Descent", "functional", "metrics"}
+    public = {*setpred.__all__, *functional.__all__, *metrics.__all__} - without_tensors
+    assert public == {name.split(",")[0] for name in CASES}
+
+
+@ALL
+def test_the_default_device_does_not_matter(name: str) -> None:
+    call = CASES[name]()
+    expected = run(*call)
+    torch.set_default_device("meta")
+    try:
+        actual = run(*call)
+    finally:
+        torch.set_default_device(None)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)  # the device is compared too
+
+
+@ALL
+def test_the_default_dtype_does_not_matter(name: str) -> None:
+    call = CASES[name]()
+    expected = run(*call)
+    torch.set_default_dtype(torch.float64)
+    try:
+        actual = run(*call)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)  # the dtype is compared too
+
+
+@WITHOUT_VALUES
+def test_on_meta_shapes_are_those_on_the_cpu(name: str) -> None:
+    expected = run(*CASES[name]())
+    with torch.device("meta"):
+        call = CASES[name]()
+    actual = run(*call)
+    assert {x.device.type for x in actual} == {"meta"}
+    assert [(x.shape, x.dtype) for x in actual] == [(x.shape, x.dtype) for x in expected]
+
+
+@WITHOUT_VALUES
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_on_another_device_nothing_is_made_on_the_cpu(name: str, mode: Any) -> None:
+    with FakeTensorMode():
+        with torch.device(ELSEWHERE):
+            call = CASES[name]()
+        with mode():
+            actual = run(*call)
+    assert {x.device.type for x in actual} == {ELSEWHERE}
