@@ -12,6 +12,7 @@ itself one wide, which makes all its thresholds loose; and by the plain intersec
 
 import argparse
 
+import common.requirements  # noqa: F401
 from common.batches import Batch
 from common.box_pictures import draw_boxes
 from common.clevr_task import ClevrExperiment
@@ -28,18 +29,18 @@ PLAIN = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 class ClevrBoxes(ClevrExperiment):
-    """The experiment, for the engine."""
+    """What the engine is told."""
 
     name = "clevr_boxes"
-    description = __doc__
     target = "boxes"  # the mean of the plain average precisions selects
+    evaluated = (*ClevrExperiment.evaluated, "clip_boxes")
 
     def score(self, predictions: Predictions) -> dict[str, float]:
         """Compute the average precisions and the Hungarian loss."""
         elements, mask, target, target_mask = predictions
         paper, plain = AveragePrecision.dspn_boxes(PAPER), AveragePrecision(box_iou, thresholds=PLAIN)
         for metric in (paper, plain):
-            metric.update(elements, mask, target, target_mask)
+            metric.update(elements, mask, target, target_mask=target_mask)
         precisions = plain.compute().tolist()
         scores = {f"paper AP{100 * t:.0f}": ap for t, ap in zip(PAPER, paper.compute().tolist(), strict=True)}
         scores |= {f"AP{100 * t:.0f}": ap for t, ap in zip(PLAIN, precisions, strict=True)}

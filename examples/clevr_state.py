@@ -12,6 +12,7 @@ within a distance, in the scene's units.
 
 import argparse
 
+import common.requirements  # noqa: F401
 from common.batches import Batch
 from common.clevr_task import ClevrExperiment
 from common.decoders import DESCENT
@@ -27,17 +28,16 @@ DISTANCES = (float("inf"), 1.0, 0.5, 0.25, 0.125)
 
 
 class ClevrState(ClevrExperiment):
-    """The experiment, for the engine."""
+    """What the engine is told."""
 
     name = "clevr_state"
-    description = __doc__
     target = "states"
 
     def score(self, predictions: Predictions) -> dict[str, float]:
         """Compute the average precisions and the Hungarian loss."""
         elements, mask, target, target_mask = predictions
         metric = AveragePrecision.dspn_state(DISTANCES)
-        metric.update(elements, mask, target, target_mask)
+        metric.update(elements, mask, target, target_mask=target_mask)
         precisions = metric.compute().tolist()
         scores = {f"AP{distance:g}": ap for distance, ap in zip(DISTANCES, precisions, strict=True)}
         scores["mean AP"] = sum(precisions) / len(precisions)

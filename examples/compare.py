@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -22,15 +23,25 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import common.requirements  # noqa: F401
+from clevr_boxes import ClevrBoxes
+from clevr_state import ClevrState
+from common.arguments import changes, count, flags, parse_given, positive
 from common.checkpoint import MetricsFile
+from common.cli import BUDGET, CARRIED_OUT, make_parser, parse
 from common.curves import draw_comparison
 from common.decoders import DECODERS
 from common.report import mean_and_spread, table
+from mnist_sets import MnistSets
 
+EXPERIMENTS = {experiment.name: experiment for experiment in (MnistSets(), ClevrState(), ClevrBoxes())}
+# Options that each run is given here.
+CHOSEN = ("decoder", "lr", "seed", *BUDGET, "threads", "device", "resume", "evaluate", "out", "test")
 CLEVR = (
-    "--schedule cosine --size 64 --max-objects 5 --backbone small --latent 256 --width 128 --scenes 30000 "
+    "--schedule cosine --size 64 --max-objects 5 --backbone small --latent 256 --width 128 "
     "--validate-on 500 --validations 12"
 )
+SCENES = "--scenes 30000"
 RECIPES = {
     "mnist_sets": {
         "all": "--schedule cosine --latent 256 --width 64 --batch-size 8 --validate-on 48 --validations 5",
@@ -40,8 +51,12 @@ RECIPES = {
         "--eval-steps 10 20 30 100 400",
     },
     # Of few objects PooledEncoder decodes in half of RelationEncoder's time.
-    "clevr_state": {"all": CLEVR, "dspn": "--set-encoder pooled --inner-lr 300"},
-    "clevr_boxes": {"all": CLEVR, "dspn": "--set-encoder pooled --inner-lr 30 --loss-steps last"},
+    "clevr_state": {"all": CLEVR, "without data": SCENES, "dspn": "--set-encoder pooled --inner-lr 300"},
+    "clevr_boxes": {
+        "all": CLEVR,
+        "without data": SCENES,
+        "dspn": "--set-encoder pooled --inner-lr 30 --loss-steps last",
+    },
 }
 LEARNING_RATES = {
     "mnist_sets": [3e-3, 1e-2, 3e-2],
@@ -59,8 +74,6 @@ COLUMNS = {  # name of a score -> (heading, factor, digits)
         "hungarian": ("Hungarian loss x 1000", 1000, 3),
     },
 }
-# The validation score that checkpoints and learning rates are selected by, and which is best.
-SELECTION = {"mnist_sets": ("chamfer", min), "clevr_state": ("mean AP", max), "clevr_boxes": ("mean AP", max)}
 
 
 class Run(NamedTuple):
@@ -77,7 +90,13 @@ class Comparison:
 
     def __init__(self, options: argparse.Namespace, extra: list[str]) -> None:
         self.options, self.extra = options, extra
+        self.experiment = EXPERIMENTS[options.experiment]
+        self.given = parse_given(make_parser(self.experiment), extra)
         self.out: Path = options.out or Path("out/compare") / options.experiment
+        self.processes: set[subprocess.Popen[bytes]] = set()
+        self.seeds = range(options.seeds)
+        self.interrupted = False
+        self.failed = 0
 
     def directory(self, run: Run) -> Path:
         """Where a run lives."""
@@ -89,33 +108,73 @@ class Comparison:
         path = self.directory(run) / "result.json"
         return json.loads(path.read_text()) if path.exists() else None
 
+    def arguments(self, run: Run) -> list[str]:
+        """Command line of a run."""
+        parts = ("all", run.decoder, *([] if "data" in self.given else ["without data"]))
+        recipe = RECIPES[self.options.experiment]
+        return [
+            *shlex.split(" ".join(recipe.get(part, "") for part in parts)),
+            *(f"--decoder {run.decoder} --lr {run.lr:g} --seed {run.seed} --threads 1 --device cpu").split(),
+            *(f"--seconds {run.seconds:g} --out").split(),
+            str(self.directory(run)),
+            *self.extra,
+        ]
+
+    def check(self) -> None:
+        """Refuse options that a run would refuse, and runs that were made with others."""
+        if chosen := [name for name in self.given if name in CHOSEN]:
+            raise SystemExit(f"compare.py gives the runs their {flags(chosen)} itself: see its --help")
+        for decoder in self.options.decoders:
+            final = [Run(decoder, lr, k, self.options.seconds) for lr in self.options.lrs for k in self.seeds]
+            for run in {*final, *(run for runs in self.tuning(decoder).values() for run in runs)}:
+                options, _ = parse(self.experiment, self.arguments(run))
+                config = self.directory(run) / "config.json"
+                if config.exists():
+                    now = {name: value for name, value in vars(options).items() if name not in CARRIED_OUT}
+                    if changed := changes(json.loads(config.read_text())["options"], now):
+                        raise SystemExit(f"{config.parent} was made with {changed}: give another --out")
+
     def train(self, run: Run, *, test: bool) -> None:
         """Carry out a run, or what is left of it."""
         result, directory = self.result(run), self.directory(run)
-        if result is not None and ("test" in result or not test):
+        if self.interrupted or (result is not None and ("test" in result or not test)):
             return
         if result is not None and (directory / "best.pt").exists():  # tuned before: only the test is missing
-            arguments = ["--evaluate", str(directory / "best.pt")]
+            arguments = ["--evaluate", str(directory / "best.pt"), "--device", "cpu"]
         else:
-            recipe = RECIPES[self.options.experiment]
-            arguments = [
-                *shlex.split(f"{recipe['all']} {recipe.get(run.decoder, '')}"),
-                *(f"--decoder {run.decoder} --lr {run.lr:g} --seed {run.seed} --threads 1 --device cpu").split(),
-                *(f"--seconds {run.seconds:g} --resume --out {directory}").split(),
-                *([] if test else ["--no-test"]),
-                *self.extra,
-            ]
+            arguments = [*self.arguments(run), "--resume", *([] if test else ["--no-test"])]
         script = Path(__file__).with_name(f"{self.options.experiment}.py")
-        command = [*shlex.split(self.options.prefix), sys.executable, str(script), *arguments]
+        command = [*shlex.split(self.options.prefix or ""), sys.executable, str(script), *arguments]
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / "log.txt").open("a") as log:
-            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
-        print(f"{directory.name}: {'done' if done.returncode == 0 else f'failed, see {directory}/log.txt'}", flush=True)
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            self.processes.add(process)
+            failed = process.wait() != 0
+            self.processes.remove(process)
+        self.failed += failed
+        if not self.interrupted:
+            print(f"{directory.name}: {f'failed, see {directory}/log.txt' if failed else 'done'}", flush=True)
 
-    def train_all(self, runs: list[Run], *, test: bool) -> None:
-        """Carry out runs side by side."""
-        with ThreadPoolExecutor(self.options.jobs) as pool:
+    def train_side_by_side(self, runs: list[Run], *, test: bool) -> None:
+        """Carry out runs; Ctrl-C lets those that have begun save and leave."""
+        pool = ThreadPoolExecutor(self.options.jobs or os.cpu_count())
+        try:
             list(pool.map(lambda run: self.train(run, test=test), runs))
+        except KeyboardInterrupt:
+            self.interrupted = True
+            for process in list(self.processes):
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def train_all(self) -> None:
+        """Tune, then train from all seeds; the decoders take turns, so that what is done is always comparable."""
+        tuning = [self.tuning(decoder) for decoder in self.options.decoders]
+        turns = [runs for lr in self.options.lrs for runs in zip(*(of[lr] for of in tuning), strict=True)]
+        self.train_side_by_side([run for turn in turns for run in turn], test=False)
+        tuned = [run for decoder in self.options.decoders if (run := self.tuned(decoder)) is not None]
+        self.train_side_by_side([run._replace(seed=k) for k in self.seeds for run in tuned], test=True)
 
     def tuning(self, decoder: str) -> dict[float, list[Run]]:
         """List the runs that choose a decoder's learning rate, from several seeds each."""
@@ -132,13 +191,13 @@ class Comparison:
         scores = self.tuning_scores(decoder)
         if len(scores) < len(self.options.lrs):
             return None
-        _, best = SELECTION[self.options.experiment]
+        best = max if self.experiment.largest else min
         return Run(decoder, best(scores, key=lambda lr: scores[lr]), 0, self.options.seconds)
 
     def tested(self, decoder: str) -> dict[Run, dict[str, Any]]:
         """Find the runs with test scores, at the tuned learning rate."""
         tuned = self.tuned(decoder)
-        runs = [] if tuned is None else [tuned._replace(seed=seed) for seed in range(self.options.seeds)]
+        runs = [] if tuned is None else [tuned._replace(seed=seed) for seed in self.seeds]
         results = {run: self.result(run) for run in runs}
         return {run: result for run, result in results.items() if result is not None and "test" in result}
 
@@ -148,7 +207,7 @@ class Comparison:
 
     def draw(self) -> None:
         """Draw the validation curves of what is finished, of DSPN at the best number of inner steps each time."""
-        score, best = SELECTION[self.options.experiment]
+        score, best = self.experiment.selection, max if self.experiment.largest else min
         curves: dict[str, list[list[tuple[int, float, float]]]] = {}
         for decoder in self.options.decoders:
             for run in self.tested(decoder):
@@ -194,37 +253,56 @@ class Comparison:
 def main(arguments: list[str] | None = None) -> None:
     """Tune, train, and print the tables."""
     parser = argparse.ArgumentParser(
+        usage="%(prog)s EXPERIMENT --seconds S [options] [options of the experiment]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="All other options go to the experiment's script.",
+        epilog="All other options go to the experiment's script: see its --help.",
+        allow_abbrev=False,
     )
-    parser.add_argument("experiment", choices=list(RECIPES))
-    parser.add_argument("--seconds", type=float, required=True, help="training time of a run")
-    parser.add_argument("--tune-seconds", type=float, help="of a run that tunes the learning rate; default: the same")
-    parser.add_argument("--tune-seeds", type=int, default=1, metavar="N", help="that tune it, 0..N-1; default: 1")
-    parser.add_argument("--decoders", nargs="+", choices=DECODERS, default=list(DECODERS))
-    parser.add_argument("--lrs", nargs="+", type=float, help="default: three values of each experiment")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="0..N-1; default: 3")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="side by side; default: cores")
-    parser.add_argument("--prefix", default="", metavar="WORDS", help="put before each command, such as 'nice -n 10'")
-    parser.add_argument("--tables", action="store_true", help="print the tables of what is finished, train nothing")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/compare/EXPERIMENT")
+    parser.add_argument("experiment", choices=list(EXPERIMENTS), help="whose decoders are compared")
+    runs = parser.add_argument_group("runs")
+    runs.add_argument("--seconds", type=positive, required=True, metavar="S", help="training time of a run (required)")
+    runs.add_argument(
+        "--decoders", nargs="+", choices=DECODERS, default=list(DECODERS), help=f"(default: {' '.join(DECODERS)})"
+    )
+    runs.add_argument("--seeds", type=count, default=3, metavar="N", help="test 0..N-1 (default: %(default)s)")
+    tuning = parser.add_argument_group("tuning of the learning rate")
+    rates = "; ".join(f"{name} {' '.join(f'{lr:g}' for lr in lrs)}" for name, lrs in LEARNING_RATES.items())
+    tuning.add_argument("--lrs", nargs="+", type=positive, metavar="LR", help=f"to choose from (default: {rates})")
+    tuning.add_argument(
+        "--tune-seconds", type=positive, metavar="S", help="training time of a run that tunes (default: --seconds)"
+    )
+    tuning.add_argument("--tune-seeds", type=count, default=1, metavar="N", help="0..N-1 (default: %(default)s)")
+    how = parser.add_argument_group("how")
+    how.add_argument("--out", type=Path, metavar="DIR", help="what is written (default: out/compare/EXPERIMENT)")
+    how.add_argument("--jobs", type=count, metavar="N", help="runs side by side (default: as many as cores)")
+    how.add_argument(
+        "--prefix", metavar="WORDS", help="put before each command, such as 'nice -n 10' (default: nothing)"
+    )
+    how.add_argument("--tables", action="store_true", help="print the tables of what is finished, train nothing")
     options, extra = parser.parse_known_args(arguments)
+    if options.tables and (unused := [name for name in ("jobs", "prefix") if getattr(options, name) is not None]):
+        parser.error(f"--tables trains nothing: leave out {flags(unused)}")
+    if options.prefix and shutil.which(shlex.split(options.prefix)[0]) is None:
+        parser.error(f"--prefix: there is no program {shlex.split(options.prefix)[0]}")
+    options.decoders = list(dict.fromkeys(options.decoders))
+    options.lrs = list(dict.fromkeys(options.lrs or LEARNING_RATES[options.experiment]))
     options.tune_seconds = options.tune_seconds or options.seconds
-    options.lrs = options.lrs or LEARNING_RATES[options.experiment]
     comparison = Comparison(options, extra)
+    comparison.check()
     if not options.tables:
-        # The decoders take turns, so that what is done at any moment is comparable.
-        tuning = [comparison.tuning(decoder) for decoder in options.decoders]
-        turns = [runs for lr in options.lrs for runs in zip(*(of[lr] for of in tuning), strict=True)]
-        comparison.train_all([run for turn in turns for run in turn], test=False)
-        tuned = [run for decoder in options.decoders if (run := comparison.tuned(decoder)) is not None]
-        comparison.train_all([run._replace(seed=s) for s in range(options.seeds) for run in tuned], test=True)
+        try:
+            comparison.train_all()
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command goes on", file=sys.stderr)
+            raise SystemExit(130) from None
     tables = comparison.tables()
     print(f"\n{tables}")
     comparison.out.mkdir(parents=True, exist_ok=True)
     (comparison.out / "tables.md").write_text(tables + "\n")
     comparison.draw()
+    if comparison.failed:
+        raise SystemExit(f"{comparison.failed} runs failed")
 
 
 if __name__ == "__main__":

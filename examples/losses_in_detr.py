@@ -9,6 +9,10 @@ At the end, the average precision on unseen images, and for one image which quer
 
 import argparse
 import time
+from importlib.util import find_spec
+
+if missing := [name for name in ("setpred", "torch", "tqdm") if find_spec(name) is None]:
+    raise SystemExit(f'not installed: {", ".join(missing)}; in the checkout of setpred: pip install -e ".[examples]"')
 
 import torch
 from torch import Tensor, nn
@@ -83,12 +87,22 @@ def describe(element: Tensor) -> str:
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Train, evaluate and print; return the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--quick", action="store_true", help="a few steps and images: shows that it runs")
+    parser.add_argument("--steps", type=int, metavar="N", help="training steps (default: 1500, with --quick 20)")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and images (default: %(default)s)")
     options = parser.parse_args(arguments)
-    steps, test_images = (20, 50) if options.quick else (options.steps, 1000)
+    if options.steps is not None and options.steps < 1:
+        parser.error(f"--steps must be at least 1, got {options.steps}")
+    if options.seed < 0:
+        parser.error(f"--seed must be at least 0, got {options.seed}")
+    steps, test_images = (20, 50) if options.quick else (1500, 1000)
+    steps = options.steps or steps
 
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
@@ -117,7 +131,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         pred, presence = model(images)
         value, matching = loss(pred, target, presence, target_mask, return_matching=True)
         thresholds = (0.5, 0.75)
-        precision = average_precision(pred, presence, target, target_mask, rule=same_colour_iou, thresholds=thresholds)
+        precision = average_precision(
+            pred, presence, target, target_mask=target_mask, rule=same_colour_iou, thresholds=thresholds
+        )
     print(f"\nQueries and the rectangles that they are matched to, in the first of {test_images} unseen images:")
     for query, column in enumerate(matching[0].tolist()):
         partner = describe(target[0, column]) if column >= 0 else "-"
@@ -129,4 +145,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\ninterrupted") from None

@@ -3,7 +3,7 @@
 A digit is the set of its pixels above the mean. A set encoder makes a vector of it, and a decoder makes the set again.
 
     python examples/mnist_sets.py                       # scikit-learn's 8x8 digits, nothing to download
-    python examples/mnist_sets.py --data DIR            # DIR/MNIST/raw holds MNIST's files (needs torchvision)
+    python examples/mnist_sets.py --data DIR            # DIR/MNIST/raw holds MNIST's files
     python examples/mnist_sets.py --data DIR --decoder mlp
     python examples/mnist_sets.py --evaluate out/mnist_sets-dspn-0/best.pt
 
@@ -12,48 +12,78 @@ included, and over digits; the paper's table shows it times 1,000.
 """
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, ClassVar
 
-from common.batches import Batch, Splits
+import common.requirements  # noqa: F401
+from common.arguments import count
+from common.batches import Batch, InMemory
 from common.decoders import DESCENT, Loss, evaluation_descent, make_decoder, make_loss
 from common.engine import Predictions, Scores, run
-from common.mnist import LARGEST, load_point_sets
+from common.mnist import LARGEST, LARGEST_SMALL, find_images, load_test_digits, load_training_digits
 from common.models import EncodedTarget, SetPredictor
 from common.plots import draw_set_grid
 from common.report import table
 
 from setpred import ChamferLoss, PooledEncoder, chamfer_loss
 
-SMALL_DIGITS = 32  # points of the largest of scikit-learn's digits
+FEW = 8  # digits of a part, with --quick
 
 
 class MnistSets:
-    """The experiment, for the engine."""
+    """What the engine is told."""
 
     name = "mnist_sets"
-    description = __doc__
     eval_steps = (10,)
     lr = 0.01
     selection = "chamfer"
     largest = False
+    evaluated = ("data",)
+    quick: ClassVar = {}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add the data and the sizes of the networks."""
-        group = parser.add_argument_group("data and model")
-        group.add_argument("--data", type=Path, metavar="DIR", help="MNIST's files; default: scikit-learn's digits")
+        group = parser.add_argument_group("data and network")
         group.add_argument(
-            "--latent", type=int, default=256, help="size of the vector; default: 256 (published script: 64)"
+            "--data",
+            type=Path,
+            metavar="DIR",
+            help="where torchvision puts MNIST: its files are in DIR/MNIST/raw (default: scikit-learn's digits)",
         )
-        group.add_argument("--width", type=int, default=256, help="hidden units of encoder and baselines; default: 256")
+        group.add_argument(
+            "--latent",
+            type=count,
+            default=256,
+            help="size of the vector (default: %(default)s; the published script: 64)",
+        )
+        group.add_argument(
+            "--width", type=count, default=256, help="hidden units of encoder and baselines (default: %(default)s)"
+        )
 
-    def data(self, options: argparse.Namespace) -> Splits:
-        """Load the digits."""
-        return load_point_sets(options.data, quick=options.quick)
+    def check(self, options: argparse.Namespace, given: Mapping[str, Any]) -> None:
+        """Refuse a directory without the files that are needed."""
+        if options.data is not None:
+            for part, needed in (("train", options.evaluate is None), ("test", options.test)):
+                if needed:
+                    find_images(options.data, part)
+
+    def set_size(self, options: argparse.Namespace) -> int:
+        """Points of the largest digit."""
+        return LARGEST_SMALL if options.data is None else LARGEST
+
+    def training_data(self, options: argparse.Namespace) -> tuple[InMemory, InMemory]:
+        """Load digits to train on and to validate."""
+        return load_training_digits(options.data, FEW if options.quick else None)
+
+    def test_data(self, options: argparse.Namespace) -> InMemory:
+        """Load digits to test on."""
+        return load_test_digits(options.data, FEW if options.quick else None)
 
     def build(self, options: argparse.Namespace) -> tuple[SetPredictor, Loss]:
         """Make the autoencoder; DSPN decodes with the encoder itself."""
         encoder = PooledEncoder(2, options.latent, options.width)
-        size = SMALL_DIGITS if options.data is None else LARGEST
+        size = self.set_size(options)
         decoder = make_decoder(options, encoder, latent=options.latent, set_size=size, channels=2, width=options.width)
         model = SetPredictor(EncodedTarget(encoder), decoder, evaluation_descent(options))
         return model, make_loss(options, encoder, ChamferLoss(), repr_weight=0)

@@ -4,7 +4,9 @@ An error names the argument, what was expected and what came. Only shapes, dtype
 are checked: looking at tensor values would wait for the device and break `torch.compile`.
 """
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Integral, Real
 
 import torch
@@ -14,6 +16,19 @@ from torch import Tensor
 def in_transform() -> bool:
     """Whether code runs inside of vmap, grad or another transform of torch.func, where tensors show no values."""
     return torch._C._are_functorch_transforms_active()  # the only private name: there is no public one
+
+
+def explained(name: str, reason: str) -> AbstractContextManager[object]:
+    """Where PyTorch refuses what is inside of this in a transform, name the function and say why."""
+    return _explaining(name, reason) if in_transform() else nullcontext()
+
+
+@contextmanager
+def _explaining(name: str, reason: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"`{name}` cannot run inside of this transform of torch.func: {reason}") from error
 
 
 def _described(value: object) -> str:
@@ -52,6 +67,15 @@ def check_mask(name: str, mask: Tensor | None, shape: torch.Size | tuple[int, ..
         raise ValueError(f"`{name}` must have shape {tuple(shape)}, got {_described(mask)}")
 
 
+def check_soft_mask(name: str, mask: Tensor | None, shape: torch.Size | tuple[int, ...]) -> None:
+    """Raise unless ``mask``, a predicted one, is None or floating of exactly ``shape``."""
+    check_mask(name, mask, shape)
+    if mask is not None and mask.dtype == torch.bool:
+        raise TypeError(
+            f"`{name}` must be floating: a bool mask is a target's, for `target_mask`; got {_described(mask)}"
+        )
+
+
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:
     """Raise unless ``value`` is one of ``choices``."""
     if value not in choices:
@@ -69,6 +93,13 @@ def check_number(name: str, value: object) -> None:
     """Raise unless ``value`` is a real number."""
     if not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number, got {_described(value)}")
+
+
+def check_finite(name: str, value: object) -> None:
+    """Raise unless ``value`` is a finite real number."""
+    check_number(name, value)
+    if not math.isfinite(value):  # type: ignore[arg-type]
+        raise ValueError(f"`{name}` must be finite, got {value!r}")
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:

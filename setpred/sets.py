@@ -1,6 +1,7 @@
 """Sets in batches: what a decoder returns, and the way between lists of sets and padded tensors."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from setpred._checks import check_mask, check_shape
+from setpred._checks import check_at_least, check_count, check_mask, check_shape, explained, in_transform
 
 
 class Trajectory(NamedTuple):
@@ -56,7 +57,7 @@ class SetPrediction(NamedTuple):
     trajectory: Trajectory | None = None
 
 
-def pad_sets(sets: Sequence[Tensor], size: int | None = None) -> tuple[Tensor, Tensor]:
+def pad_sets(sets: Iterable[Tensor], size: int | None = None) -> tuple[Tensor, Tensor]:
     """Stack sets of different sizes into one zero-padded batch.
 
     Args:
@@ -67,8 +68,8 @@ def pad_sets(sets: Sequence[Tensor], size: int | None = None) -> tuple[Tensor, T
         Elements of shape ``(B, N, C)``, zero where absent, and a bool mask of shape ``(B, N)``, True where present.
 
     Raises:
-        ValueError: If there is no set, one has another rank or C, or one is larger than ``size``.
-        TypeError: If a set is not a floating tensor, or their dtypes differ.
+        ValueError: If there is no set, one has another rank, C or device, or one is larger than ``size``.
+        TypeError: If a set is not a floating tensor, their dtypes differ, or ``size`` is not an integer.
 
     Example:
         >>> elements, mask = pad_sets([torch.ones(1, 2), torch.ones(3, 2)])
@@ -78,6 +79,10 @@ def pad_sets(sets: Sequence[Tensor], size: int | None = None) -> tuple[Tensor, T
         tensor([[ True, False, False],
                 [ True,  True,  True]])
     """
+    try:
+        sets = list(sets)
+    except TypeError as error:
+        raise TypeError(f"`sets` must be a list of tensors, got {sets!r} ({type(sets).__name__})") from error
     if len(sets) == 0:
         raise ValueError("`sets` must hold at least one set, got none")
     check_shape("sets[0]", sets[0], "n", "C")
@@ -85,12 +90,18 @@ def pad_sets(sets: Sequence[Tensor], size: int | None = None) -> tuple[Tensor, T
         check_shape(f"sets[{i}]", elements, "n", sets[0].shape[1])
         if elements.dtype != sets[0].dtype:
             raise TypeError(f"`sets` must have one dtype, got {sets[0].dtype} and {elements.dtype}")
+        if elements.device != sets[0].device:
+            raise ValueError(f"`sets` must lie on one device, got {sets[0].device} and {elements.device}")
     sizes = torch.tensor([len(elements) for elements in sets], device=sets[0].device)
     longest = max(len(elements) for elements in sets)
     size = longest if size is None else size
+    check_count("size", size, 0)
     if longest > size:
         raise ValueError(f"`size` must be at least the largest set's {longest} elements, got {size}")
-    padded = F.pad(pad_sequence(list(sets), batch_first=True), (0, 0, 0, size - longest))
+    if in_transform():  # pad_sequence has no batching rule
+        padded = torch.stack([F.pad(elements, (0, 0, 0, size - len(elements))) for elements in sets])
+    else:
+        padded = F.pad(pad_sequence(sets, batch_first=True), (0, 0, 0, size - longest))
     return padded, torch.arange(size, device=sizes.device) < sizes.unsqueeze(1)
 
 
@@ -106,7 +117,7 @@ def unpad_sets(elements: Tensor, mask: Tensor, threshold: float = 0.5) -> list[T
         B tensors of shapes ``(n_i, C)``, rows in their old order.
 
     Raises:
-        ValueError: If a shape is wrong.
+        ValueError: If a shape is wrong, the mask is NaN somewhere, or the threshold is.
         TypeError: If a dtype is wrong.
 
     Example:
@@ -118,4 +129,9 @@ def unpad_sets(elements: Tensor, mask: Tensor, threshold: float = 0.5) -> list[T
     if mask is None:
         raise TypeError("`mask` must be a tensor, got None")
     check_mask("mask", mask, elements.shape[:2])
-    return [rows[present] for rows, present in zip(elements, mask > threshold, strict=True)]
+    check_at_least("threshold", threshold, -math.inf)
+    with explained("unpad_sets", "the sizes of the sets depend on values"):
+        broken = mask.isnan().any(1)
+        if bool(broken.any()):  # sizes wait for the device anyway
+            raise ValueError(f"`mask` must not be NaN: sample {int(broken.nonzero()[0])}")
+        return [rows[present] for rows, present in zip(elements, mask > threshold, strict=True)]

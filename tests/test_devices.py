@@ -84,14 +84,15 @@ class Outer(nn.Module):
         )
 
     def forward(self, z: Tensor, target: Tensor, target_mask: Tensor) -> Tensor:
-        return self.loss(self.decoder(z), target, target_mask, z)
+        return self.loss(self.decoder(z), target, target_mask, z=z)
 
 
 def measured(make: Callable[[], metrics.AveragePrecision], channels: int) -> Call:
     def run(*batch: Tensor) -> tuple[Tensor, Tensor]:
         metric = make()
         before = metric.compute()
-        metric.update(*batch)
+        *first, mask = batch
+        metric.update(*first, target_mask=mask)
         return before, metric.compute()
 
     target = torch.rand(2, 4, channels)

@@ -67,7 +67,7 @@ def trained(
     for _ in range(steps):
         x, target, mask = make_sets(32)
         prediction, z = model(x)
-        loss = loss_of(prediction, target, mask, z)
+        loss = loss_of(prediction, target, mask, z=z)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

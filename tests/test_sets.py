@@ -67,6 +67,9 @@ def test_a_prediction_unpacks_and_has_no_trajectory_by_default() -> None:
         (ValueError, r"`sets\[1\]` must have shape \(n, 3\), got float32 of shape \(2, 4\)", [(1, 3), (2, 4)], None),
         (ValueError, r"`sets\[0\]` must have shape \(n, C\), got float32 of shape \(3,\)", [(3,)], None),
         (ValueError, "`size` must be at least the largest set's 2 elements, got 1", [(2, 3)], 1),
+        (ValueError, "`size` must be at least 0, got -1", [(0, 3)], -1),
+        (TypeError, r"`size` must be an integer, got 2.5 \(float\)", [(2, 3)], 2.5),
+        (TypeError, "`size` must be an integer, got '3'", [(2, 3)], "3"),
     ],
 )
 def test_pad_sets_refuses(error: type[Exception], message: str, sets: list[tuple[int, ...]], size: int | None) -> None:
@@ -90,6 +93,23 @@ def test_pad_sets_refuses_types(message: str, sets: list[Tensor]) -> None:
         pad_sets(sets)
 
 
+@pytest.mark.parametrize("sets", [None, 3, torch.tensor(1.0)])
+def test_pad_sets_refuses_what_is_no_list(sets: object) -> None:
+    with pytest.raises(TypeError, match="`sets` must be a list of tensors, got"):
+        pad_sets(sets)
+
+
+def test_pad_sets_refuses_more_than_one_device() -> None:
+    with pytest.raises(ValueError, match="`sets` must lie on one device, got cpu and meta"):
+        pad_sets([torch.rand(1, 2), torch.rand(1, 2, device="meta")])
+
+
+def test_sets_may_come_one_by_one() -> None:
+    sets = random_sets([1, 3], 2)
+    for one, other in zip(pad_sets(iter(sets), 4), pad_sets(sets, 4), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("error", "message", "elements", "mask"),
     [
@@ -103,3 +123,20 @@ def test_pad_sets_refuses_types(message: str, sets: list[Tensor]) -> None:
 def test_unpad_sets_refuses(error: type[Exception], message: str, elements: Tensor, mask: Tensor) -> None:
     with pytest.raises(error, match=message):
         unpad_sets(elements, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_unpad_sets_does_not_take_nan_for_absent(dtype: torch.dtype) -> None:
+    mask = torch.rand(3, 4).to(dtype)
+    mask[2, 1] = torch.nan
+    with pytest.raises(ValueError, match="`mask` must not be NaN: sample 2"):
+        unpad_sets(torch.rand(3, 4, 2), mask)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "threshold"),
+    [(ValueError, "`threshold` must be at least -inf, got nan", torch.nan), (TypeError, "`threshold` must be", "0.5")],
+)
+def test_unpad_sets_refuses_thresholds(error: type[Exception], message: str, threshold: object) -> None:
+    with pytest.raises(error, match=message):
+        unpad_sets(torch.rand(3, 4, 2), torch.rand(3, 4), threshold)

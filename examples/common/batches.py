@@ -42,11 +42,3 @@ class InMemory(Dataset[Batch]):
     def first(self, count: int | None) -> "InMemory":
         """Take the first `count` items, or all."""
         return InMemory(Batch(*(None if part is None else part[:count] for part in self.data)))
-
-
-class Splits(NamedTuple):
-    """Disjoint parts; settings and checkpoints are chosen on `validation`, results come from `test`."""
-
-    train: Dataset[Batch] | Stream
-    validation: Dataset[Batch]
-    test: Dataset[Batch]

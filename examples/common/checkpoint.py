@@ -22,6 +22,27 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
+def load_options(path: Path) -> dict[str, Any]:
+    """Read the options of a checkpoint's run."""
+    options: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["options"]
+    return options
+
+
+def load_best(path: Path, experiment: str) -> dict[str, Any]:
+    """Read the checkpoint that --evaluate names."""
+    if not path.is_file():
+        raise SystemExit(f"--evaluate: there is no file {path}")
+    try:
+        state = load(path)
+    except Exception as error:  # whatever the file may hold
+        raise SystemExit(f"--evaluate: {path} cannot be read: {str(error).partition(chr(10))[0]}") from None
+    if not (isinstance(state, dict) and {"experiment", "options", "model"} <= state.keys()):
+        raise SystemExit(f"--evaluate: {path} is no checkpoint of these scripts")
+    if state["experiment"] != experiment:
+        raise SystemExit(f"--evaluate: {path} is of {state['experiment']}, not {experiment}")
+    return state
+
+
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file."""
     with replacing(path) as temporary:

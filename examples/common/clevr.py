@@ -3,6 +3,7 @@
 import hashlib
 import json
 import multiprocessing
+import signal
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -22,6 +23,20 @@ from common.scenes import ATTRIBUTES, Scenes
 
 WIDTH, HEIGHT = 480, 320
 FEW = 256  # so many images are decoded before other processes have started
+
+
+def find_scenes(root: Path, split: str) -> Path:
+    """Find the scene file of a split, or say what is missing."""
+    if split not in ("train", "val"):
+        raise ValueError(f"split: expected 'train' or 'val' (CLEVR's 'test' has no scene file), got {split!r}")
+    for part in (root / "images" / split, root / "scenes"):
+        if not part.is_dir():
+            found = sorted(path.name for path in root.iterdir())[:10] if root.is_dir() else "no such directory"
+            raise FileNotFoundError(f"root: expected the directory {part.relative_to(root)} in {root}, found {found}")
+    scene_file = root / "scenes" / f"CLEVR_{split}_scenes.json"
+    if not scene_file.is_file():
+        raise FileNotFoundError(f"root: expected the scene file {scene_file}, found none")
+    return scene_file
 
 
 class ClevrDataset(Dataset[Scenes]):
@@ -50,17 +65,7 @@ class ClevrDataset(Dataset[Scenes]):
         clip_boxes: bool = False,
     ) -> None:
         root = Path(root)
-        if split not in ("train", "val"):
-            raise ValueError(f"split: expected 'train' or 'val' (CLEVR's 'test' has no scene file), got {split!r}")
-        for part in (root / "images" / split, root / "scenes"):
-            if not part.is_dir():
-                found = sorted(path.name for path in root.iterdir())[:10] if root.is_dir() else "no such directory"
-                raise FileNotFoundError(
-                    f"root: expected the directory {part.relative_to(root)} in {root}, found {found}"
-                )
-        scene_file = root / "scenes" / f"CLEVR_{split}_scenes.json"
-        if not scene_file.is_file():
-            raise FileNotFoundError(f"root: expected the scene file {scene_file}, found none")
+        scene_file = find_scenes(root, split)
         try:
             scenes = json.loads(scene_file.read_text())["scenes"]
         except (ValueError, KeyError, TypeError) as error:
@@ -163,8 +168,13 @@ def _resized(files: list[Path], size: int, cache: Path) -> Path:
         images: Iterable[np.ndarray[Any, Any]] = map(read, files)
         if len(files) > FEW:
             # Not by fork: PyTorch has threads.
-            pool = ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"))
-            images = stack.enter_context(pool).map(read, files, chunksize=32)
+            pool = ProcessPoolExecutor(
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=signal.signal,
+                initargs=(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is for the program
+            )
+            stack.callback(pool.shutdown, cancel_futures=True)
+            images = pool.map(read, files, chunksize=32)
         progress = tqdm(images, f"Resizing to {file}", len(files), unit="image", disable=len(files) <= FEW)
         for i, image in enumerate(progress):
             array[i] = image

@@ -2,15 +2,17 @@
 
 import argparse
 import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
-from common.batches import Batch, InMemory, Splits
-from common.clevr import ClevrDataset
+from common.arguments import count, flags, whole
+from common.batches import Batch, InMemory, Stream
+from common.clevr import ClevrDataset, find_scenes
 from common.decoders import Loss, evaluation_descent, make_decoder, make_loss
 from common.files import cache_directory, replacing
 from common.models import BACKBONES, EncodedImage, SetPredictor
@@ -24,6 +26,7 @@ SET_ENCODERS = {"relation": RelationEncoder, "pooled": PooledEncoder}
 SEEDS = {"train": 0, "validation": 1 << 24, "test": 2 << 24}
 STREAM = 1 << 31  # new scenes for every batch
 RENDERED_AT_ONCE = 100
+FEW = 8  # of a split, with --quick
 
 
 class _View(Dataset[Batch]):
@@ -65,16 +68,6 @@ def _render(options: argparse.Namespace, count: int, seed: int, device: torch.de
     )
 
 
-def _rendered(options: argparse.Namespace, target: Target) -> Splits:
-    train, test = (8, 8) if options.quick else (options.scenes, options.test_scenes)
-    counts = {"train": train, "validation": max(test // 2, 1), "test": test}
-    parts: dict[str, InMemory | SceneStream] = {
-        part: InMemory(_batch(_kept(options, part, count), target)) for part, count in counts.items() if count > 0
-    }
-    parts.setdefault("train", SceneStream(options, target))
-    return Splits(**parts)  # type: ignore[arg-type]
-
-
 def _kept(options: argparse.Namespace, part: str, count: int) -> Scenes:
     """Render a part of the data once; later runs, and others at the same time, map the file into memory."""
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("scene*.py"))))
@@ -104,69 +97,125 @@ class ClevrExperiment:
     lr = 3e-4
     selection = "mean AP"
     largest = True
+    evaluated: Sequence[str] = ("data", "test_scenes", "cache", "bf16")
+    quick: ClassVar = {"scenes": FEW, "test_scenes": FEW}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add the options of data and network."""
         data = parser.add_argument_group("data")
-        data.add_argument("--data", type=Path, metavar="DIR", help="CLEVR v1.0; default: rendered scenes, not CLEVR")
-        data.add_argument("--size", type=int, default=128, metavar="S", help="width and height of images; default: 128")
-        data.add_argument("--max-objects", type=int, default=10, metavar="N", help="size of the sets; default: 10")
+        data.add_argument("--data", type=Path, metavar="DIR", help="CLEVR v1.0 (default: rendered scenes, not CLEVR)")
+        data.add_argument(
+            "--size", type=count, default=128, metavar="S", help="width and height of images (default: %(default)s)"
+        )
+        data.add_argument(
+            "--max-objects", type=count, default=10, metavar="N", help="size of the sets (default: %(default)s)"
+        )
         data.add_argument(
             "--scenes",
-            type=int,
+            type=whole,
             default=20_000,
             metavar="N",
-            help="rendered scenes to train on, kept on disk; 0 renders new ones for each batch; default: 20000",
+            help="rendered scenes to train on, kept on disk; 0 renders new ones for each batch (default: %(default)s)",
         )
         data.add_argument(
-            "--test-scenes", type=int, default=2000, metavar="N", help="half as many validate; default: 2000"
+            "--test-scenes",
+            type=count,
+            default=2000,
+            metavar="N",
+            help="rendered scenes to test on; half as many validate (default: %(default)s)",
         )
         data.add_argument(
-            "--cache", type=Path, metavar="DIR", help="default: $XDG_CACHE_HOME/setpred or ~/.cache/setpred"
+            "--cache",
+            type=Path,
+            metavar="DIR",
+            help="where resized and rendered images are kept (default: $XDG_CACHE_HOME/setpred or ~/.cache/setpred)",
         )
-        data.add_argument(
-            "--clip-boxes", action="store_true", help="clip CLEVR's boxes to the image; default: not, as published"
-        )
-        network = parser.add_argument_group("network")
-        network.add_argument("--backbone", choices=list(BACKBONES), default="resnet34", help="default: resnet34")
-        network.add_argument(
-            "--set-encoder", choices=list(SET_ENCODERS), default="relation", help="of dspn, idspn; default: relation"
-        )
-        network.add_argument("--latent", type=int, default=512, help="size of the vector; default: 512")
-        network.add_argument(
-            "--width", type=int, default=512, help="hidden units of set encoder, baselines; default: 512"
-        )
-        network.add_argument(
-            "--bf16", action=argparse.BooleanOptionalAction, help="backbone in bfloat16; default: on CUDA"
-        )
-
-    def data(self, options: argparse.Namespace) -> Splits:
-        """Load CLEVR or rendered scenes with one kind of target.
-
-        Of CLEVR, the end of the training scenes is kept for validation, and results come from its "val" split, as
-        published: the truth of its test split is not public.
-        """
-        if options.data is None:
-            return _rendered(options, self.target)
-        train, val = (
-            _View(
-                ClevrDataset(
-                    options.data,
-                    part,
-                    size=options.size,
-                    max_objects=options.max_objects,
-                    cache=options.cache,
-                    clip_boxes=options.clip_boxes,
-                ),
-                self.target,
+        if self.target == "boxes":
+            data.add_argument(
+                "--clip-boxes", action="store_true", help="clip CLEVR's boxes to the image (default: not, as published)"
             )
-            for part in ("train", "val")
+        network = parser.add_argument_group("network")
+        network.add_argument(
+            "--backbone",
+            choices=list(BACKBONES),
+            default="resnet34",
+            help="from image to vector (default: %(default)s)",
         )
-        kept = min(1000, len(train) // 10)
-        first = len(train) - kept
+        network.add_argument(
+            "--set-encoder",
+            choices=list(SET_ENCODERS),
+            default="relation",
+            help="what is descended through (dspn, idspn; default: %(default)s)",
+        )
+        network.add_argument("--latent", type=count, default=512, help="size of the vector (default: %(default)s)")
+        network.add_argument(
+            "--width", type=count, default=512, help="hidden units of set encoder, baselines (default: %(default)s)"
+        )
+        network.add_argument(
+            "--bf16", action=argparse.BooleanOptionalAction, help="backbone in bfloat16 (default: on CUDA)"
+        )
+
+    def check(self, options: argparse.Namespace, given: Mapping[str, Any]) -> None:
+        """Refuse options that the data has no use for, and a directory without the splits that are needed."""
+        rendered = options.data is None
+        if unused := [name for name in (("clip_boxes",) if rendered else ("scenes", "test_scenes")) if name in given]:
+            raise SystemExit(f"{flags(unused)} has no meaning {'without' if rendered else 'with'} --data")
+        if rendered and options.scenes == 0 and options.epochs is not None:
+            raise SystemExit("--scenes 0 has no epochs: give --steps or --seconds")
+        needed = [split for split, used in (("train", options.evaluate is None), ("val", options.test)) if used]
+        try:
+            for split in () if rendered else needed:
+                find_scenes(options.data, split)
+        except OSError as error:
+            raise SystemExit(f"--data: {error}") from None
+        try:
+            cache_directory(options.cache).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(f"--cache: {error}") from None
+
+    def set_size(self, options: argparse.Namespace) -> int:
+        """Rows of the sets."""
+        size: int = options.max_objects
+        return size
+
+    def training_data(self, options: argparse.Namespace) -> tuple[Dataset[Batch] | Stream, Dataset[Batch]]:
+        """Load CLEVR's training scenes, of which the end is kept for validation, or rendered scenes."""
+        if options.data is None:
+            validation = self._rendered(options, "validation", max(options.test_scenes // 2, 1))
+            if options.scenes == 0:
+                return SceneStream(options, self.target), validation
+            return self._rendered(options, "train", options.scenes), validation
+        data = self._clevr(options, "train")
+        kept = min(1000, max(len(data) // 10, 1))
+        first = len(data) - kept
+        train, validation = range(first), range(first, len(data))
         if options.quick:
-            first, kept, val = min(first, 8), min(kept, 8), Subset(val, range(min(len(val), 8)))
-        return Splits(Subset(train, range(first)), Subset(train, range(first, first + kept)), val)
+            train, validation = train[:FEW], validation[:FEW]
+        return Subset(data, train), Subset(data, validation)
+
+    def test_data(self, options: argparse.Namespace) -> Dataset[Batch]:
+        """Load CLEVR's "val" split, as published: the truth of its test split is not public. Or rendered scenes."""
+        if options.data is None:
+            return self._rendered(options, "test", options.test_scenes)
+        data = self._clevr(options, "val")
+        return Subset(data, range(min(len(data), FEW))) if options.quick else data
+
+    def _rendered(self, options: argparse.Namespace, part: str, scenes: int) -> InMemory:
+        return InMemory(_batch(_kept(options, part, scenes), self.target))
+
+    def _clevr(self, options: argparse.Namespace, split: str) -> _View:
+        try:
+            data = ClevrDataset(
+                options.data,
+                split,
+                size=options.size,
+                max_objects=options.max_objects,
+                cache=options.cache,
+                clip_boxes=self.target == "boxes" and options.clip_boxes,
+            )
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--data: {error}") from None
+        return _View(data, self.target)
 
     def build(self, options: argparse.Namespace) -> tuple[SetPredictor, Loss]:
         """Make the network, image -> backbone -> vector -> decoder, and its loss: Hungarian + 0.1 representation."""
@@ -175,7 +224,7 @@ class ClevrExperiment:
             options,
             encoder,
             latent=options.latent,
-            set_size=options.max_objects,
+            set_size=self.set_size(options),
             channels=CHANNELS[self.target],
             width=options.width,
         )

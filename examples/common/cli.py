@@ -1,91 +1,229 @@
-"""The command line that all training scripts share."""
+"""The command line that all training scripts share: the options, and which of them go together.
+
+An option that would not be used is an error, never ignored.
+"""
 
 import argparse
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, Protocol
 
+from common.arguments import changes, count, flags, fraction, not_negative, parse_given, positive, seed, whole
+from common.checkpoint import load_best, load_options
 from common.decoders import DESCENT, add_decoder_arguments
 
-# Options that say how a run is carried out, not what it computes; they may change when it is resumed.
-CARRIED_OUT = ("resume", "evaluate", "out", "device", "workers", "save_every", "tensorboard", "test")
-EVALUATED = ("eval_steps", "eval_inner_lr", "eval_momentum")  # may be given with --evaluate
 BUDGET = ("epochs", "steps", "seconds")
+# How a run is carried out, not what it computes: a run that is resumed or evaluated does not pass these on.
+CARRIED_OUT = ("resume", "evaluate", "out", "device", "workers", "save_every", "tensorboard", "test")
+# What may be given with --evaluate: how and where it is carried out, and, with options of the experiment, what is done.
+EVALUATION = ("evaluate", "out", "device", "workers", "threads")
+EVALUATED = ("quick", "eval_steps", "eval_inner_lr", "eval_momentum")
+QUICK = {"batch_size": 4, "validations": 2, "epochs": None, "steps": 4}  # defaults of --quick
+USED_BY = {  # the decoders that have a use for an option
+    **dict.fromkeys(("inner_steps", "inner_lr", "momentum", "set_encoder", "compile"), DESCENT),
+    **dict.fromkeys(("eval_steps", "eval_inner_lr", "eval_momentum"), DESCENT),
+    **dict.fromkeys(("anchor", "persistent"), ("idspn",)),
+    "loss_steps": ("dspn",),
+}
 
 
-def make_parser(name: str, description: str, *, eval_steps: Sequence[int], lr: float) -> argparse.ArgumentParser:
-    """Make a parser with every option that does not depend on the experiment."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+class Described(Protocol):
+    """What the command line is told about an experiment; the docstring of its module is the description."""
+
+    name: str
+    eval_steps: Sequence[int]
+    lr: float
+    evaluated: Sequence[str]  # own options that may be given with --evaluate
+    quick: Mapping[str, Any]  # defaults of own options with --quick
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the experiment's own options."""
+        ...
+
+    def check(self, options: argparse.Namespace, given: Mapping[str, Any]) -> None:
+        """Refuse own options that would not be used, and data that is not there, of the parts that are needed."""
+        ...
+
+    def set_size(self, options: argparse.Namespace) -> int:
+        """Rows of the sets."""
+        ...
+
+
+def make_parser(experiment: Described) -> argparse.ArgumentParser:
+    """Make the parser of an experiment's script."""
+    name = experiment.name
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
+        description=inspect.getdoc(inspect.getmodule(experiment)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    what = parser.add_argument_group("what to do")
+    what.add_argument("--quick", action="store_true", help="a few steps on little data: shows that it runs")
+    what.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint in --out, if there is one; the options are those that the run began with",
+    )
+    what.add_argument(
+        "--evaluate",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="evaluate it on the test split, with the options that it was trained with; only "
+        f"{flags([*EVALUATION[1:], *EVALUATED, *experiment.evaluated])} may be given (default: train, then evaluate)",
+    )
     budget = parser.add_argument_group("budget (one of them)").add_mutually_exclusive_group()
-    budget.add_argument("--epochs", type=float, help="times through the training data; default: 100, the papers'")
-    budget.add_argument("--steps", type=int, help="training steps")
+    budget.add_argument(
+        "--epochs", type=positive, default=100.0, help="times through the training data (default, the papers': 100)"
+    )
+    budget.add_argument("--steps", type=count, help="training steps (default: by --epochs)")
     budget.add_argument(
         "--seconds",
-        type=float,
+        type=positive,
         help="training time without evaluation; with --threads 1 on the CPU, processor time, so that other work on the "
-        "machine does not count",
+        "machine does not count (default: by --epochs)",
     )
+    experiment.add_arguments(parser)
+    add_decoder_arguments(parser)
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--batch-size", type=int, default=32, metavar="B", help="per process; default: 32")
-    optimisation.add_argument("--lr", type=float, default=lr, help=f"learning rate of Adam; default: {lr}")
     optimisation.add_argument(
-        "--schedule", choices=["constant", "cosine"], default="constant", help="of the learning rate, over the budget"
+        "--batch-size", type=count, default=32, metavar="B", help="of each process (default: %(default)s)"
     )
-    optimisation.add_argument("--seed", type=int, default=0, help="of parameters and data order; default: 0")
-    add_decoder_arguments(parser, eval_steps=eval_steps)
-    run = parser.add_argument_group("run")
-    run.add_argument("--out", type=Path, metavar="DIR", help=f"what the run writes; default: out/{name}-DECODER-SEED")
-    run.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, if there is one")
-    run.add_argument("--evaluate", type=Path, metavar="CHECKPOINT", help="evaluate it on the test split, train nothing")
-    run.add_argument("--no-test", dest="test", action="store_false", help="leave the test split alone (tuning)")
-    run.add_argument("--validate-on", type=int, metavar="N", help="only the first N of the validation split")
-    run.add_argument("--validations", type=int, default=20, metavar="K", help="how many over the budget; default: 20")
-    run.add_argument(
-        "--save-every", type=float, default=60.0, metavar="SECONDS", help="between checkpoints; default: 60"
+    optimisation.add_argument(
+        "--lr", type=positive, default=experiment.lr, help="learning rate of Adam (default: %(default)s)"
     )
-    run.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: auto")
-    run.add_argument("--threads", type=int, metavar="N", help="CPU threads of a process; default: PyTorch's")
-    run.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load data; default: 0")
-    run.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile the decoder; default: on CUDA"
+    optimisation.add_argument(
+        "--schedule",
+        choices=["constant", "cosine"],
+        default="constant",
+        help="of the learning rate, over the budget (default: %(default)s)",
     )
-    run.add_argument("--tensorboard", action="store_true", help="write metrics for TensorBoard too, into --out")
-    run.add_argument("--quick", action="store_true", help="a few steps on little data: shows that it runs")
+    optimisation.add_argument(
+        "--seed", type=seed, default=0, help="of parameters and data order (default: %(default)s)"
+    )
+    evaluation = parser.add_argument_group("evaluation")
+    evaluation.add_argument(
+        "--eval-steps",
+        type=count,
+        nargs="+",
+        default=list(experiment.eval_steps),
+        metavar="T",
+        help="evaluate after these numbers of inner steps (dspn, idspn; default: "
+        f"{' '.join(map(str, experiment.eval_steps))})",
+    )
+    evaluation.add_argument(
+        "--eval-inner-lr", type=positive, metavar="LR", help="--inner-lr in evaluation (default: as in training)"
+    )
+    evaluation.add_argument(
+        "--eval-momentum", type=fraction, metavar="M", help="--momentum in evaluation (default: as in training)"
+    )
+    evaluation.add_argument(
+        "--validations",
+        type=count,
+        metavar="K",
+        help="how many over the budget (default: up to 20, as long as they are a tenth of the training's work)",
+    )
+    evaluation.add_argument(
+        "--validate-on", type=count, metavar="N", help="only the first N of the validation split (default: all)"
+    )
+    evaluation.add_argument(
+        "--no-test", dest="test", action="store_false", help="leave the test split alone, for tuning"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"what the run writes (default: out/{name}-DECODER-SEED; with --quick, out/{name}-DECODER-SEED-quick, "
+        "which the next one writes over; with --evaluate, where the checkpoint is, or `evaluation` there if an option "
+        "is given that changes what comes)",
+    )
+    output.add_argument(
+        "--save-every",
+        type=not_negative,
+        default=60.0,
+        metavar="SECONDS",
+        help="time between checkpoints (default: %(default)g)",
+    )
+    output.add_argument("--tensorboard", action="store_true", help="write metrics for TensorBoard too, into --out")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="auto is CUDA where there is one (default: %(default)s)",
+    )
+    machine.add_argument(
+        "--threads", type=count, metavar="N", help="CPU threads of a process (default: PyTorch's choice)"
+    )
+    machine.add_argument(
+        "--workers", type=whole, default=0, metavar="N", help="processes that load data (default: %(default)s)"
+    )
+    machine.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile the decoder (dspn, idspn; default: on CUDA)",
+    )
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, name: str, arguments: list[str] | None) -> argparse.Namespace:
-    """Parse, check what argparse cannot, and fill in what depends on other options."""
-    options = parser.parse_args(arguments)
-    positive = ("batch_size", "lr", "validations", "validate_on", "threads")
-    positive += ("inner_steps", "inner_lr", "eval_inner_lr", "persistent")
-    for option in (*BUDGET, *positive):
-        value = getattr(options, option)
-        if value is not None and not value > 0:
-            parser.error(f"--{option.replace('_', '-')} must be positive, got {value}")
-    if min(options.eval_steps) < 1:
-        parser.error(f"--eval-steps must be at least 1, got {options.eval_steps}")
-    meaning = {
-        "inner_steps": DESCENT,
-        "inner_lr": DESCENT,
-        "momentum": DESCENT,
-        "eval_inner_lr": DESCENT,
-        "eval_momentum": DESCENT,
-        "anchor": ("idspn",),
-        "persistent": ("idspn",),
-        "loss_steps": ("dspn",),
-    }
-    for option, decoders in meaning.items():
-        if getattr(options, option) is not None and options.decoder not in decoders:
-            parser.error(f"--{option.replace('_', '-')} has no meaning with --decoder {options.decoder}")
-    if options.decoder not in DESCENT and options.compile:
-        parser.error(f"--compile has no meaning with --decoder {options.decoder}")
+def parse(experiment: Described, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
+    """Parse a command line.
+
+    Options come from the command line, then from the run that is resumed or evaluated, then from the defaults.
+
+    Returns:
+        The options, and with --evaluate the checkpoint.
+    """
+    parser = make_parser(experiment)
+    given = parse_given(parser, arguments)
+    checkpoint = None
+    if "evaluate" in given:
+        allowed = {*EVALUATION, *EVALUATED, *experiment.evaluated}
+        if unused := [name for name in given if name not in allowed]:
+            parser.error(f"--evaluate takes network and training from the checkpoint: leave out {flags(unused)}")
+        checkpoint = load_best(given["evaluate"], experiment.name)
+        _inherit(parser, checkpoint["options"], but=(*CARRIED_OUT, "quick"))
+    if "quick" in given:
+        parser.set_defaults(**QUICK, **experiment.quick)
+    options = _complete(experiment, parser.parse_args(arguments), given)
+    if "resume" in given and (options.out / "last.pt").exists():
+        before = load_options(options.out / "last.pt")
+        _inherit(parser, before, but=CARRIED_OUT)
+        options = _complete(experiment, parser.parse_args(arguments), given)
+        fixed = {name: getattr(options, name) for name in given if name not in (*CARRIED_OUT, *BUDGET)}
+        if changed := changes(before, fixed):
+            raise SystemExit(f"--resume: the run in {options.out} was started with {changed}")
+    for name, decoders in USED_BY.items():
+        if given.get(name, False) is not False and options.decoder not in decoders:  # --no-compile is always true
+            parser.error(f"{flags([name])} has no meaning with --decoder {options.decoder}")
+    if options.tensorboard and find_spec("tensorboard") is None:
+        raise SystemExit("--tensorboard: not installed: pip install tensorboard")
+    experiment.check(options, given)
+    if checkpoint is not None:
+        size = experiment.set_size(argparse.Namespace(**checkpoint["options"]))
+        if size != experiment.set_size(options):
+            raise SystemExit(f"--data: sets of {experiment.set_size(options)} rows, where the checkpoint's have {size}")
+    return options, checkpoint
+
+
+def _inherit(parser: argparse.ArgumentParser, before: Mapping[str, Any], *, but: Sequence[str]) -> None:
+    """Make the options of an earlier run the defaults; argparse turns text into paths again."""
+    parser.set_defaults(**{name: value for name, value in before.items() if name not in but})
+
+
+def _complete(experiment: Described, options: argparse.Namespace, given: Mapping[str, Any]) -> argparse.Namespace:
+    """Fill in what depends on other options."""
+    if any(name in given for name in BUDGET):
+        vars(options).update({name: given.get(name) for name in BUDGET})
     options.eval_steps = sorted(set(options.eval_steps))
-    if options.quick:
-        options.batch_size, options.validations = 4, 2
-        if all(getattr(options, budget) is None for budget in BUDGET):
-            options.steps = 4
-    if all(getattr(options, budget) is None for budget in BUDGET):
-        options.epochs = 100.0
-    if options.out is None:
-        options.out = Path("out") / f"{name}-{options.decoder}-{options.seed}"
+    if options.out is None and options.evaluate is not None:
+        options.out = options.evaluate.parent
+        if given.keys() - set(EVALUATION):
+            options.out /= "evaluation"
+    elif options.out is None:
+        quick = "-quick" if options.quick else ""
+        options.out = Path("out") / f"{experiment.name}-{options.decoder}-{options.seed}{quick}"
     return options

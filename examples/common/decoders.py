@@ -1,11 +1,12 @@
 """The four decoders that the examples compare, with the losses that they are trained by."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
+from common.arguments import count, fraction, not_negative, positive
 from common.batches import Batch
 from setpred import DSPNDecoder, DSPNLoss, LSTMDecoder, MLPDecoder, SetPrediction
 
@@ -15,34 +16,43 @@ SetLoss = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 Loss = Callable[[SetPrediction, Batch, Tensor], Tensor]  # (prediction, batch, z) -> scalar
 
 
-def add_decoder_arguments(parser: argparse.ArgumentParser, *, eval_steps: Sequence[int]) -> None:
+def add_decoder_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what describes the decoder; None leaves a value to the recipe of the decoder's paper."""
     group = parser.add_argument_group("decoder")
-    group.add_argument("--decoder", choices=DECODERS, default="dspn", help="default: dspn")
-    group.add_argument("--inner-steps", type=int, metavar="T", help="steps of the inner descent in training")
-    group.add_argument("--inner-lr", type=float, metavar="LR", help="its learning rate")
-    group.add_argument("--momentum", type=float, help="its momentum; Nesterov's for idspn")
-    group.add_argument("--anchor", type=float, metavar="W", help="weight of the pull towards the initial set (idspn)")
+    group.add_argument("--decoder", choices=DECODERS, default="dspn", help="default: %(default)s")
     group.add_argument(
-        "--loss-steps", choices=["all", "last"], help="which inner steps the set loss is averaged over (dspn)"
+        "--inner-steps",
+        type=count,
+        metavar="T",
+        help="steps of the inner descent in training (dspn, default: 10; idspn, default: 20)",
+    )
+    group.add_argument(
+        "--inner-lr", type=positive, metavar="LR", help="its learning rate (dspn, default: 25; idspn, default: 1)"
+    )
+    group.add_argument(
+        "--momentum",
+        type=fraction,
+        metavar="M",
+        help="its momentum (dspn, default: 0; idspn, Nesterov's, default: 0.9)",
+    )
+    group.add_argument(
+        "--anchor",
+        type=not_negative,
+        metavar="W",
+        help="weight of the pull towards the initial set (idspn; default: 0.1)",
+    )
+    group.add_argument(
+        "--loss-steps",
+        choices=["all", "last"],
+        help="which inner steps the set loss is averaged over (dspn; default: all)",
     )
     group.add_argument(
         "--persistent",
-        type=int,
+        type=count,
         metavar="K",
-        help="keep K descents under way, each of which goes on for K training steps (idspn), so that an epoch's steps "
-        "see a K-th of the data; default: 1",
+        help="keep K descents under way, each of which goes on for K training steps, so that an epoch's steps see a "
+        "K-th of the data (idspn; default: 1)",
     )
-    group.add_argument(
-        "--eval-steps",
-        type=int,
-        nargs="+",
-        default=list(eval_steps),
-        metavar="T",
-        help=f"evaluate after these numbers of inner steps; default: {' '.join(map(str, eval_steps))}",
-    )
-    group.add_argument("--eval-inner-lr", type=float, metavar="LR", help="in evaluation; default: as in training")
-    group.add_argument("--eval-momentum", type=float, metavar="M", help="in evaluation; default: as in training")
 
 
 def evaluation_descent(options: argparse.Namespace) -> dict[str, float]:
@@ -81,4 +91,4 @@ def make_loss(options: argparse.Namespace, encoder: nn.Module, set_loss: SetLoss
         repr_weight=repr_weight if dspn else 0.0,
         steps=(options.loss_steps or "all") if dspn else "last",
     )
-    return lambda prediction, batch, z: loss(prediction, batch.elements, batch.mask, z)
+    return lambda prediction, batch, z: loss(prediction, batch.elements, batch.mask, z=z)

@@ -14,7 +14,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
@@ -27,9 +27,10 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm import tqdm
 
 import setpred
-from common.batches import Batch, Splits
-from common.checkpoint import MetricsFile, load, save, write_json
-from common.cli import BUDGET, CARRIED_OUT, EVALUATED, make_parser, parse
+from common.arguments import plain
+from common.batches import Batch, Stream
+from common.checkpoint import MetricsFile, load, load_options, save, write_json
+from common.cli import Described, parse
 from common.curves import draw_curves
 from common.decoders import DESCENT, Loss
 from common.models import SetPredictor
@@ -37,6 +38,8 @@ from common.persistent import PersistentDescents
 
 LOG_EVERY = 20  # steps
 EVALUATION_BATCH = 100
+VALIDATIONS = 20  # the most, unless their number is given
+SHARE = 0.1  # of the training's work that they may be
 
 Scores = dict[str, dict[str, float]]  # inner steps, or "-" for a decoder without, -> name -> value
 
@@ -50,22 +53,18 @@ class Predictions(NamedTuple):
     target_mask: Tensor  # (S, N), bool
 
 
-class Experiment(Protocol):
+class Experiment(Described, Protocol):
     """What the engine is told about an experiment."""
 
-    name: str
-    description: str  # of the command line
-    eval_steps: Sequence[int]
-    lr: float
     selection: str  # the validation score that checkpoints, and inner steps in evaluation, are selected by
     largest: bool  # whether large values of it are good
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Add the experiment's own options."""
+    def training_data(self, options: argparse.Namespace) -> tuple[Dataset[Batch] | Stream, Dataset[Batch]]:
+        """Load what is trained on, and what validates: settings and checkpoints are chosen on it."""
         ...
 
-    def data(self, options: argparse.Namespace) -> Splits:
-        """Load the data."""
+    def test_data(self, options: argparse.Namespace) -> Dataset[Batch]:
+        """Load what results come from, disjoint from both."""
         ...
 
     def build(self, options: argparse.Namespace) -> tuple[SetPredictor, Loss]:
@@ -95,8 +94,7 @@ class Progress:
     def __init__(self, options: argparse.Namespace, batches_per_epoch: int | None) -> None:
         self.steps, self.budget = options.steps, options.seconds
         if options.epochs is not None:
-            if batches_per_epoch is None:
-                raise SystemExit("--epochs needs a data set of a fixed size; give --steps or --seconds")
+            assert batches_per_epoch is not None  # a stream has no epochs: the experiment has refused them
             self.steps = math.ceil(options.epochs * batches_per_epoch)
 
     def __call__(self, step: int, seconds: float) -> float:
@@ -114,6 +112,7 @@ class _Interrupts:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def restore(self) -> None:
@@ -121,22 +120,42 @@ class _Interrupts:
             signal.signal(number, handler)
 
 
+class Validations:
+    """When to validate: at even parts of the budget.
+
+    If their number was not given, a part passes without one where they would be more than a share of the training's
+    work by then; the last one never does. Work is counted, not timed, so that a resumed run validates as an undisturbed
+    one does.
+    """
+
+    def __init__(self, number: int | None, cost: float, done: int) -> None:
+        self.parts, self.cost, self.done = number or VALIDATIONS, 0.0 if number else cost, done
+        self.part = 0  # that has begun
+
+    def begin(self, used: float) -> bool:
+        """Tell whether a fraction of the budget begins another part."""
+        before, self.part = self.part, int(used * self.parts + 1e-9)
+        return self.part > before
+
+    def due(self, used: float, step: int) -> bool:
+        """Tell whether to validate, and count it."""
+        due = self.begin(used) and (used >= 1 or (self.done + 1) * self.cost <= SHARE * step)
+        self.done += due
+        return due
+
+
 def run(experiment: Experiment, arguments: list[str] | None = None) -> None:
     """Train and evaluate, as the command line says."""
-    parser = make_parser(experiment.name, experiment.description, eval_steps=experiment.eval_steps, lr=experiment.lr)
-    experiment.add_arguments(parser)
-    options = parse(parser, experiment.name, arguments)
-    if options.evaluate is not None:
-        checkpoint = _load_checkpoint(options.evaluate)
-        if checkpoint["experiment"] != experiment.name:
-            raise SystemExit(f"--evaluate: {options.evaluate} is of {checkpoint['experiment']}, not {experiment.name}")
-        # What is evaluated and how is the run's own, except for how it is carried out here, and where.
-        own = {name: value for name, value in checkpoint["options"].items() if name not in CARRIED_OUT}
-        given = vars(options)
-        overridden = {name for name in EVALUATED if _was_given(arguments, f"--{name.replace('_', '-')}")}
-        options = argparse.Namespace(**given | {k: v for k, v in own.items() if k not in overridden})
-        if not _was_given(arguments, "--out"):
-            options.out = options.evaluate.parent
+    try:
+        _run(experiment, arguments)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _run(experiment: Experiment, arguments: list[str] | None) -> None:
+    options, checkpoint = parse(experiment, arguments)
+    _claim(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     accelerator = Accelerator(
@@ -148,32 +167,37 @@ def run(experiment: Experiment, arguments: list[str] | None = None) -> None:
     if options.device == "cuda" and accelerator.device.type != "cuda":
         raise SystemExit("--device cuda: this PyTorch finds no CUDA device")
     set_seed(options.seed)
+    try:
+        model, loss = experiment.build(options)
+    except ValueError as error:  # of the library, which knows the ranges of its arguments
+        raise SystemExit(str(error)) from None
     with accelerator.main_process_first():  # what is cached is made once
-        splits = experiment.data(options)
-    model, loss = experiment.build(options)
-    if options.evaluate is not None:
-        model.load_state_dict(checkpoint["model"])
-        model.to(accelerator.device)
-        if accelerator.is_main_process:
-            options.out.mkdir(parents=True, exist_ok=True)
-        _finish(experiment, options, accelerator, model, splits, checkpoint)
-        return
-    _train(experiment, options, accelerator, model, loss, splits)
-    checkpoint = load(options.out / "best.pt")
-    accelerator.unwrap_model(model).load_state_dict(checkpoint["model"])
-    _finish(experiment, options, accelerator, model, splits, checkpoint)
+        train, validation = (None, None) if options.evaluate else experiment.training_data(options)
+        test = experiment.test_data(options) if options.test else None
+    for part, data in (("train", train), ("validate", validation), ("test", test)):
+        if isinstance(data, Dataset) and len(data) == 0:
+            raise SystemExit(f"{experiment.source(options)}: no samples to {part} on")
+    if checkpoint is None:
+        _train(experiment, options, accelerator, model, loss, train, validation)
+        checkpoint = load(options.out / "best.pt")
+    accelerator.unwrap_model(model).to(accelerator.device).load_state_dict(checkpoint["model"])
+    _finish(experiment, options, accelerator, model, test, checkpoint)
     accelerator.end_training()
 
 
-def _was_given(arguments: list[str] | None, option: str) -> bool:
-    given = sys.argv[1:] if arguments is None else arguments
-    return any(argument.split("=")[0] == option for argument in given)
-
-
-def _load_checkpoint(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise SystemExit(f"--evaluate: there is no file {path}")
-    return load(path)
+def _claim(options: argparse.Namespace) -> None:
+    """Make the run's directory; one that holds a run is taken only to go on, or if it was only --quick."""
+    out: Path = options.out
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out: {error}") from None
+    if options.evaluate is not None or options.resume or not (out / "last.pt").exists():
+        return
+    if not load_options(out / "last.pt")["quick"]:
+        raise SystemExit(f"{out} holds a run already: go on with --resume, or give another --out")
+    for name in ("last.pt", "best.pt", "metrics.jsonl", "result.json"):
+        (out / name).unlink(missing_ok=True)
 
 
 def _train(
@@ -182,29 +206,28 @@ def _train(
     accelerator: Accelerator,
     model: SetPredictor,
     loss: Loss,
-    splits: Splits,
+    train: Any,
+    validation: Any,
 ) -> None:
     """Train to the end of the budget; leave the program if asked to before."""
     out, main = options.out, accelerator.is_main_process
     last = out / "last.pt"
-    if last.exists() and not options.resume:
-        raise SystemExit(f"{out} holds a run already: go on with --resume, or give another --out")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=options.lr)
     state: dict[str, Any] = {
         "experiment": experiment.name,
-        "options": _plain(options),
+        "options": plain(vars(options)),
         "step": 0,
         "seconds": 0.0,
         "running_loss": 0.0,  # sum since the last line of metrics
         "running_steps": 0,
+        "validations": 0,  # done
         "best": None,
     }
     descents = PersistentDescents(options.persistent or 1)
     rng = None
     if options.resume and last.exists():
         checkpoint = load(last)
-        _check_same(checkpoint["options"], state["options"], out)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         rng = checkpoint["rng"]
@@ -214,7 +237,6 @@ def _train(
             _save_best(state, model, out)  # the kill may have come between the two files
     metrics = MetricsFile(out / "metrics.jsonl")
     if main:
-        out.mkdir(parents=True, exist_ok=True)
         write_json(out / "config.json", _config(experiment, options, accelerator, model))
         metrics.rewind(state["step"])
     accelerator.wait_for_everyone()
@@ -226,19 +248,21 @@ def _train(
         model.decoder.compile()
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     loader = None
-    if isinstance(splits.train, Dataset):
-        loader = accelerator.prepare(_make_loader(splits.train, options, accelerator, training=True))
+    if isinstance(train, Dataset):
+        loader = accelerator.prepare(_make_loader(train, options, accelerator, training=True))
         if len(loader) == 0:
-            raise SystemExit(f"--batch-size {options.batch_size} is more than the training data")
+            raise SystemExit(f"--batch-size {options.batch_size} is more than the training data, {len(train)} samples")
     progress = Progress(options, None if loader is None else len(loader))
-    batches = _batches(accelerator, splits, loader, descents.batches_before(state["step"]))
-    validations = int(progress(state["step"], state["seconds"]) * options.validations + 1e-9)  # done before
+    batches = _batches(accelerator, train, loader, descents.batches_before(state["step"]))
     on_one_thread = accelerator.device.type == "cpu" and torch.get_num_threads() == 1 and options.workers == 0
     clock = time.process_time if on_one_thread else time.perf_counter
-    chosen: Any = splits.validation
     if options.validate_on is not None:
-        chosen = Subset(chosen, range(min(options.validate_on, len(chosen))))
-    validation = accelerator.prepare(_make_loader(chosen, options, accelerator, training=False))
+        validation = Subset(validation, range(min(options.validate_on, len(validation))))
+    work = model.evaluation_work(options.eval_steps) * len(validation)
+    cost = work / (options.batch_size * accelerator.num_processes)  # in training steps
+    validations = Validations(options.validations, cost, state["validations"])
+    validations.begin(progress(state["step"], state["seconds"]))
+    validation = accelerator.prepare(_make_loader(validation, options, accelerator, training=False))
     wrapped.train()
     interrupts = _Interrupts()
     saved = time.monotonic()
@@ -271,8 +295,8 @@ def _train(
                 time.monotonic() - saved > options.save_every,
                 interrupts.asked,
             )
-            if int(used * options.validations + 1e-9) > validations:
-                validations = int(used * options.validations + 1e-9)
+            if validations.due(used, step):
+                state["validations"] = validations.done
                 scores = evaluate(experiment, options, accelerator, model, validation)
                 wrapped.train()
                 steps, score = select(experiment, scores)
@@ -337,12 +361,11 @@ def _agree(accelerator: Accelerator, used: float, due: bool, stop: bool) -> tupl
     return used, bool(due), bool(stop)
 
 
-def _batches(accelerator: Accelerator, splits: Splits, loader: Any, k: int) -> Iterator[Batch]:
+def _batches(accelerator: Accelerator, train: Any, loader: Any, k: int) -> Iterator[Batch]:
     """Training batches from the k-th on, epoch after epoch; the order is a function of seed and epoch."""
     if loader is None:
-        stream: Any = splits.train
         while True:
-            yield stream.batch(k * accelerator.num_processes + accelerator.process_index, accelerator.device)
+            yield train.batch(k * accelerator.num_processes + accelerator.process_index, accelerator.device)
             k += 1
     while True:
         epoch, done = divmod(k, len(loader))
@@ -415,10 +438,10 @@ def _finish(
     options: argparse.Namespace,
     accelerator: Accelerator,
     model: SetPredictor,
-    splits: Splits,
+    test: Dataset[Batch] | None,
     checkpoint: Mapping[str, Any],
 ) -> None:
-    """Write the result; unless told not to, with the scores on the test split and pictures."""
+    """Write the result; with a test split, its scores and pictures too."""
     result = {
         "experiment": experiment.name,
         "data": experiment.source(options),
@@ -426,8 +449,8 @@ def _finish(
         "parameters": model.count_parameters(),
         **{name: checkpoint[name] for name in ("step", "seconds", "best")},
     }
-    loader = _make_loader(splits.test, options, accelerator, training=False)
-    if options.test:
+    if test is not None:
+        loader = _make_loader(test, options, accelerator, training=False)
         scores = evaluate(experiment, options, accelerator, model, accelerator.prepare(loader))
         result["test"] = scores
         accelerator.print(f"\n{experiment.source(options)}, test split, {options.decoder} at step {checkpoint['step']}")
@@ -438,7 +461,7 @@ def _finish(
     curves = MetricsFile(options.out / "metrics.jsonl").read()
     if curves:
         draw_curves(curves, experiment.selection, experiment.source(options), options.out / "curves.png")
-    if options.test:
+    if test is not None:
         batch = next(iter(loader))
         few = Batch(*(None if part is None else part[:5].to(accelerator.device) for part in batch))
         model.eval()
@@ -452,20 +475,6 @@ def _save_best(state: Mapping[str, Any], model: SetPredictor, out: Path) -> None
     save(out / "best.pt", {name: state[name] for name in names} | {"model": model.state_dict()})
 
 
-def _plain(options: argparse.Namespace) -> dict[str, Any]:
-    """Options as values that a checkpoint may hold."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-
-
-def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
-    """Refuse to go on with other options than a run began with, but for its budget."""
-    free = {*CARRIED_OUT, *BUDGET}
-    changed = [name for name in now if name not in free and before.get(name) != now[name]]
-    if changed:
-        listed = ", ".join(f"--{name.replace('_', '-')} {before.get(name)} (now {now[name]})" for name in changed)
-        raise SystemExit(f"--resume: the run in {out} was started with {listed}")
-
-
 def _config(
     experiment: Experiment, options: argparse.Namespace, accelerator: Accelerator, model: SetPredictor
 ) -> dict[str, Any]:
@@ -473,7 +482,7 @@ def _config(
     return {
         "experiment": experiment.name,
         "data": experiment.source(options),
-        "options": _plain(options),
+        "options": plain(vars(options)),
         "parameters": model.count_parameters(),
         "versions": {"setpred": setpred.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",

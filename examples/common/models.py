@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from common.batches import Batch
 from setpred import SetPrediction
@@ -36,6 +37,11 @@ class SetPredictor(nn.Module):
         finally:
             vars(self.decoder).update(own)
         return {t: (trajectory.elements[t], trajectory.mask[t]) for t in steps}
+
+    def evaluation_work(self, steps: Sequence[int]) -> float:
+        """Work of evaluating a sample, in training steps on a sample, or less: one has a backward pass too."""
+        iters = getattr(self.decoder, "iters", None)
+        return 1.0 if iters is None else max(steps) / iters
 
     def count_parameters(self) -> int:
         """Number of trained parameters."""
@@ -86,18 +92,47 @@ def small_backbone(out_channels: int) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * channels, out_channels))
 
 
+class _Residual(nn.Module):
+    """Two convolutions, added to what goes into them: the block of the smaller ResNets."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if in_channels != channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.convolutions(x) + self.shortcut(x))
+
+
+def resnet34() -> nn.Sequential:
+    """ResNet-34 without pooling and classifier (He et al., CVPR 2016): images to 512 channels, a 32nd as wide."""
+    layers = [nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    before = 64
+    for channels, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for _ in range(blocks):
+            layers.append(_Residual(before, channels, stride=1 if before == channels else 2))
+            before = channels
+    network = nn.Sequential(*layers)
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    return network
+
+
 def resnet34_backbone(out_channels: int) -> nn.Module:
     """The paper's: ResNet-34 from scratch, and two convolutions down to one position."""
-    try:
-        from torchvision.models import resnet34
-    except (ImportError, RuntimeError) as error:
-        raise SystemExit(
-            "--backbone resnet34 needs a torchvision that fits this torch (pip install torchvision), or take "
-            f"--backbone small; importing it failed with: {error}"
-        ) from error
-    layers = list(resnet34(weights=None).children())[:-2]  # without pooling and classifier
     return nn.Sequential(
-        *layers,
+        *resnet34(),
         nn.Conv2d(512, 512, 3, stride=2, padding=1),
         nn.BatchNorm2d(512),
         nn.AdaptiveAvgPool2d(2),  # 2x2 already from images of 128x128

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from setpred._checks import check_count, check_interval, check_shape
+from setpred._checks import check_count, check_interval, check_shape, explained
 from setpred.decoders.mlp import as_prediction
 from setpred.sets import SetPrediction
 
@@ -80,7 +80,8 @@ class LSTMDecoder(nn.Module):
         """
         check_shape("z", z, "B", self.in_channels)
         cell = self.cell(z).unsqueeze(0)
-        steps, _ = self.lstm(cell.new_zeros(len(z), self.set_size, 1), (torch.zeros_like(cell), cell))
+        with explained("LSTMDecoder", "PyTorch has rules for an LSTM in torch.func.grad only"):
+            steps, _ = self.lstm(cell.new_zeros(len(z), self.set_size, 1), (torch.zeros_like(cell), cell))
         return as_prediction(self.output(steps), self.channels, self.mask_clamp)
 
     @override

@@ -20,7 +20,7 @@ class SetEncoder(Protocol):
     (1 = present) or None (all present), and returns ``(B, D)``. To decode sets with it, it must
 
     - not depend on the order of the elements, nor on the other samples of the batch;
-    - be differentiable twice (training differentiates its gradient). `torch.cdist` is not.
+    - be differentiable twice (training differentiates its gradient). Before PyTorch 2.14, `torch.cdist` is not.
 
     Example:
         >>> def mean_encoder(elements, mask):
@@ -37,7 +37,7 @@ class SetEncoder(Protocol):
 
 
 def parameter_dtype(encoder: object) -> torch.dtype | None:
-    """Dtype of the encoder's first floating parameter, None if it has none."""
+    """Dtype of an encoder's first floating parameter, None if it has none: what it is given is cast to that."""
     for parameter in encoder.parameters() if isinstance(encoder, nn.Module) else ():
         if parameter.is_floating_point():
             return parameter.dtype

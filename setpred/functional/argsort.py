@@ -41,3 +41,8 @@ def _argsort_float32(values: Tensor) -> Tensor:
 @_argsort_float32.register_fake
 def _(values: Tensor) -> Tensor:
     return torch.empty(values.shape, dtype=torch.int64, device=values.device)
+
+
+@_argsort_float32.register_vmap
+def _(info: object, in_dims: tuple[int], values: Tensor) -> tuple[Tensor, int]:
+    return _argsort_float32(values.movedim(in_dims[0], 0)), 0

@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from setpred._checks import check_choice, check_mask, check_tensor
+from setpred._checks import check_choice, check_mask, check_tensor, explained, in_transform
+from setpred.functional._batching import in_front
 
 Solver = Literal["auto", "scipy", "cuda"] | Callable[[Tensor], Tensor]
 SOLVERS = ("auto", "scipy", "cuda")
@@ -80,8 +81,8 @@ def assign(
     cost = cost.detach().to(torch.promote_types(cost.dtype, torch.float32))
     row_mask, col_mask = (None if mask is None else mask.bool() for mask in (row_mask, col_mask))
     if callable(solver):
-        checked = _checked(solver, cost.shape[:-2])
-        return _with_plain_solver(checked, cost, row_mask, col_mask, every_column)
+        call = _CallSolver.apply if in_transform() else _call_solver
+        return call(cost, row_mask, col_mask, solver, every_column)
     assigned: Tensor = torch.ops.setpred.linear_assignment.default(
         cost, row_mask, col_mask, choose_solver(cost.device, solver), every_column
     )
@@ -115,7 +116,8 @@ def matched_pairs(assignment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     if assignment.dim() != 2:
         raise ValueError(f"`assignment` must have shape (B, N), got shape {tuple(assignment.shape)}")
-    sample, row = (assignment >= 0).nonzero(as_tuple=True)
+    with explained("matched_pairs", "how many pairs there are depends on values"):
+        sample, row = (assignment >= 0).nonzero(as_tuple=True)
     return sample, row, assignment[sample, row]
 
 
@@ -162,6 +164,21 @@ def _solved_shape(
     cost: Tensor, row_mask: Tensor | None, col_mask: Tensor | None, solver: str, every_column: bool
 ) -> Tensor:
     return cost.new_empty(cost.shape[:-1], dtype=torch.int64)
+
+
+@torch.library.register_vmap("setpred::linear_assignment")  # type: ignore[untyped-decorator]
+def _solve_all(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    cost: Tensor,
+    row_mask: Tensor | None,
+    col_mask: Tensor | None,
+    solver: str,
+    every_column: bool,
+) -> tuple[Tensor, int]:
+    """One more leading dimension is more samples, which an error names by their place in it too."""
+    batched = in_front(info, in_dims, cost, row_mask, col_mask)
+    return torch.ops.setpred.linear_assignment.default(*batched, solver, every_column), 0
 
 
 def _name(sample: int, batch: torch.Size) -> str:
@@ -265,6 +282,34 @@ def _checked(solver: Callable[[Tensor], Tensor], batch: torch.Size) -> Callable[
         return solver(cost)
 
     return solve
+
+
+def _call_solver(
+    cost: Tensor,
+    row_mask: Tensor | None,
+    col_mask: Tensor | None,
+    solver: Callable[[Tensor], Tensor],
+    every_column: bool,
+) -> Tensor:
+    return _with_plain_solver(_checked(solver, cost.shape[:-2]), cost, row_mask, col_mask, every_column)
+
+
+class _CallSolver(torch.autograd.Function):
+    """Gives a user's solver tensors that show their values, inside of torch.func's transforms too."""
+
+    forward = staticmethod(_call_solver)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[None, ...]:
+        return (None,) * 5
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        return _CallSolver.apply(*in_front(info, in_dims, *args[:3]), *args[3:]), 0
 
 
 def _with_plain_solver(

@@ -3,12 +3,15 @@
 import math
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from setpred._checks import check_mask, check_shape
+from setpred._checks import check_mask, check_shape, in_transform
+from setpred.functional._batching import in_front
+from setpred.functional._precision import common_dtype
 from setpred.functional.pairwise import Cost, check_cost, cost_of_all_pairs
 
 _TREE_NORM = {"mse": 2, "l1": 1}  # the costs that are monotone functions of a norm
@@ -27,7 +30,8 @@ def nearest_neighbours(
     Args:
         x: Shape ``(B, N, C)``.
         y: Shape ``(B, M, C)``.
-        cost: As in :func:`~setpred.functional.pairwise.pairwise_cost`. ``torch.compile`` does not tile a callable.
+        cost: As in :func:`~setpred.functional.pairwise.pairwise_cost`. Callables are not tiled under ``torch.compile``
+            and transforms of ``torch.func``.
         x_mask: Which elements of x exist, bool or float (0 = absent), shape ``(B, N)``.
         y_mask: Which elements of y exist, shape ``(B, M)``.
 
@@ -51,7 +55,7 @@ def nearest_neighbours(
     check_cost("cost", cost)
     check_mask("x_mask", x_mask, x.shape[:2])
     check_mask("y_mask", y_mask, y.shape[:2])
-    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    dtype = common_dtype(x, y)
     x, y = x.detach().to(dtype), y.detach().to(dtype)
     x_mask, y_mask = (None if mask is None else mask.bool() for mask in (x_mask, y_mask))
     if callable(cost):
@@ -83,6 +87,24 @@ def _found_shape(
     return x.new_empty(x.shape[:2], dtype=torch.int64), y.new_empty(y.shape[:2], dtype=torch.int64)
 
 
+@torch.library.register_vmap("setpred::nearest_neighbours")  # type: ignore[untyped-decorator]
+def _search_all(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    x: Tensor,
+    y: Tensor,
+    cost: str,
+    x_mask: Tensor | None,
+    y_mask: Tensor | None,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    dims = (*in_dims[:2], *in_dims[3:])
+    batched = in_front(info, dims, x, y, x_mask, y_mask)
+    x, y, x_mask, y_mask = (None if side is None else side.flatten(0, 1) for side in batched)  # type: ignore[assignment]
+    of_x, of_y = torch.ops.setpred.nearest_neighbours.default(x, y, cost, x_mask, y_mask)
+    sizes = batched[0].shape[:2]
+    return (of_x.unflatten(0, sizes), of_y.unflatten(0, sizes)), (0, 0)
+
+
 def _tile(device: torch.device) -> int:
     """Pairs in a tile: what stays in a core's cache; a GPU wants more at once."""
     return 2**18 if device.type == "cpu" else 2**26
@@ -93,25 +115,35 @@ def _by_tiles(x: Tensor, y: Tensor, cost: Cost, x_mask: Tensor | None, y_mask: T
     of_x, of_y = x.new_zeros(batch, n, dtype=torch.int64), x.new_zeros(batch, m, dtype=torch.int64)
     if min(batch, n, m) == 0:
         return of_x, of_y
+    if torch.compiler.is_compiling() or in_transform():  # which unroll the loop, and cannot write in place
+        value = _masked_cost(x, y, cost, x_mask, y_mask)
+        (least_of_x, of_x), (least_of_y, of_y) = value.min(2), value.min(1)
+        return torch.where(least_of_x < torch.inf, of_x, 0), torch.where(least_of_y < torch.inf, of_y, 0)
     least_of_x, least_of_y = x.new_full((batch, n), torch.inf), x.new_full((batch, m), torch.inf)
-    tile = batch * n * m if torch.compiler.is_compiling() else _tile(x.device)  # a compiler would unroll the loop
+    tile = _tile(x.device)
     cols = min(m, max(math.isqrt(tile), tile // n))
     rows = min(n, max(tile // cols, 1))
     sets = max(tile // (rows * cols), 1)
     for s, i, j in product(range(0, batch, sets), range(0, n, rows), range(0, m, cols)):
         at_x = slice(s, s + sets), slice(i, i + rows)
         at_y = slice(s, s + sets), slice(j, j + cols)
-        value = cost_of_all_pairs(x[at_x], y[at_y], cost)
-        if x_mask is not None:
-            value = value.masked_fill(~x_mask[at_x].unsqueeze(2), torch.inf)
-        if y_mask is not None:
-            value = value.masked_fill(~y_mask[at_y].unsqueeze(1), torch.inf)
+        own_masks = [None if mask is None else mask[at] for mask, at in ((x_mask, at_x), (y_mask, at_y))]
+        value = _masked_cost(x[at_x], y[at_y], cost, *own_masks)
         for least, of, at, dim, start in ((least_of_x, of_x, at_x, 2, j), (least_of_y, of_y, at_y, 1, i)):
             here, index = value.min(dim)
             closer = here < least[at]
             least[at] = torch.where(closer, here, least[at])
             of[at] = torch.where(closer, index + start, of[at])
     return of_x, of_y
+
+
+def _masked_cost(x: Tensor, y: Tensor, cost: Cost, x_mask: Tensor | None, y_mask: Tensor | None) -> Tensor:
+    value = cost_of_all_pairs(x, y, cost)
+    if x_mask is not None:
+        value = value.masked_fill(~x_mask.unsqueeze(2), torch.inf)
+    if y_mask is not None:
+        value = value.masked_fill(~y_mask.unsqueeze(1), torch.inf)
+    return value
 
 
 def _tree_is_faster(x: Tensor, y: Tensor, cost: str) -> bool:

@@ -4,13 +4,16 @@ A cost is a name or any callable ``(B, N, C), (B, M, C) -> (B, N, M)``. What a l
 found is the same callable on sets of one element each, so that no graph over all pairs is ever built.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from setpred._checks import check_choice, check_shape
+from setpred._checks import check_choice, check_finite, check_shape, in_transform
 
 PairwiseCost = Callable[[Tensor, Tensor], Tensor]
 Cost = Literal["huber", "mse", "l1"] | PairwiseCost
@@ -23,12 +26,21 @@ def check_cost(name: str, cost: object) -> None:
         check_choice(name, cost, COSTS)
 
 
+def huber(x: Tensor, y: Tensor) -> Tensor:
+    """Smooth L1 with beta 1, elementwise, with broadcasting."""
+    if in_transform():  # the operator's batching rule takes other shapes for equal ones, silently too
+        difference = x - y
+        size = difference.abs()
+        return torch.where(size < 1, 0.5 * difference.square(), size - 0.5)
+    if torch.is_grad_enabled() and x.shape != y.shape:  # its gradient knows no broadcasting
+        x, y = torch.broadcast_tensors(x, y)  # type: ignore[no-untyped-call]
+    loss: Tensor = torch.ops.aten.smooth_l1_loss.default(x, y, 0, 1.0)  # F's function warns of broadcasting
+    return loss
+
+
 def _elementwise(x: Tensor, y: Tensor, cost: str) -> Tensor:
     if cost == "huber":
-        if torch.is_grad_enabled() and x.shape != y.shape:  # its gradient knows no broadcasting
-            x, y = torch.broadcast_tensors(x, y)  # type: ignore[no-untyped-call]
-        loss: Tensor = torch.ops.aten.smooth_l1_loss.default(x, y, 0, 1.0)  # F's function warns of broadcasting
-        return loss
+        return huber(x, y)
     return (x - y).square() if cost == "mse" else (x - y).abs()
 
 
@@ -36,8 +48,9 @@ def _of_all_pairs(x: Tensor, y: Tensor, cost: str) -> Tensor:
     (*batch, n, channels), m = x.shape, y.shape[-2]
     if channels == 0:
         return x.new_zeros(*batch, n, m)
-    graph = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    if cost != "huber" and not graph:  # cdist never stores the differences, but has no second derivative
+    # Inside of vmap, a tensor does not say whether it requires a gradient.
+    graph = in_transform() or (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad))
+    if cost != "huber" and not graph:  # cdist never stores the differences; before 2.14 it has no second derivative
         if cost == "l1":
             return torch.cdist(x, y, p=1.0) / channels
         return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square() / channels
@@ -160,8 +173,88 @@ def cross_entropy_cost(logits: Tensor, target: Tensor) -> Tensor:
     return -logits.log_softmax(-1) @ target.transpose(-1, -2)
 
 
+@dataclass(frozen=True)
+class _OnChannels:
+    """What :func:`on_channels` returns: a class, so that it can be pickled and compared."""
+
+    cost: Cost
+    channels: slice | tuple[int, ...] = field(hash=False)  # slices have a hash only since Python 3.12
+    weight: float
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        check_shape("x", x, "B", "N", "C")
+        check_shape("y", y, x.shape[0], "M", x.shape[2])
+        _seen(self.channels, x.shape[2])
+        index = self.channels if isinstance(self.channels, slice) else list(self.channels)
+        return self.weight * pairwise_cost(x[..., index], y[..., index], self.cost)
+
+    def __repr__(self) -> str:
+        return f"on_channels({self.cost!r}, {self.channels!r}, weight={self.weight!r})"
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """What :func:`sum_costs` returns."""
+
+    costs: tuple[Cost, ...]
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        first, *others = (pairwise_cost(x, y, cost) for cost in self.costs)
+        return sum(others, first)
+
+    def __repr__(self) -> str:
+        return f"sum_costs({', '.join(map(repr, self.costs))})"
+
+
+def _as_channels(channels: object) -> slice | tuple[int, ...]:
+    """Check what needs no tensor to be checked."""
+
+    def whole(value: object) -> bool:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+
+    if isinstance(channels, slice):
+        parts = (channels.start, channels.stop, channels.step)
+        if all(part is None or whole(part) for part in parts) and (channels.step is None or channels.step > 0):
+            return slice(*(None if part is None else int(part) for part in parts))
+    elif isinstance(channels, Iterable):
+        listed = channels.tolist() if isinstance(channels, (Tensor, np.ndarray)) else list(channels)
+        if listed and all(map(whole, listed)):
+            return tuple(map(int, listed))
+    raise ValueError(
+        f"`channels` must be one or more integers, or a slice of integers with a positive step, got {channels!r}"
+    )
+
+
+def _seen(channels: slice | tuple[int, ...], size: int) -> list[int]:
+    """Which of ``size`` channels those are; an error if some do not exist."""
+    if isinstance(channels, slice):
+        seen = list(range(size)[channels])
+        ends = [end for end in (channels.start, channels.stop) if end is not None]
+        exist = bool(seen) and all(-size <= end <= size for end in ends)
+    else:
+        seen = [c + size if c < 0 else c for c in channels]
+        exist = all(0 <= c < size for c in seen)
+    if not exist:
+        raise ValueError(f"`channels` must be some of the {size} channels that there are, got {channels!r}")
+    return seen
+
+
+def channels_seen(cost: Cost, channels: int) -> frozenset[int]:
+    """Say which of so many channels a cost may depend on: all, but for those that composition keeps from it."""
+    if isinstance(cost, _Sum):
+        return frozenset().union(*(channels_seen(part, channels) for part in cost.costs))
+    if isinstance(cost, _OnChannels):
+        given = _seen(cost.channels, channels)
+        return frozenset(given[c] for c in channels_seen(cost.cost, len(given)))
+    return frozenset(range(channels))
+
+
 def on_channels(cost: Cost, channels: slice | Sequence[int], *, weight: float = 1.0) -> PairwiseCost:
     """Make a cost that sees only some of the channels, times a weight.
+
+    The costs that this and :func:`sum_costs` make can be pickled, and are equal if they are made of equal parts. A loss
+    does not register modules among those parts: keep such a module beside the loss, so that its parameters move and
+    train.
 
     Args:
         cost: As in :func:`~setpred.functional.pairwise.pairwise_cost`.
@@ -169,10 +262,12 @@ def on_channels(cost: Cost, channels: slice | Sequence[int], *, weight: float = 
         weight: Factor on the cost.
 
     Returns:
-        A callable ``(B, N, C), (B, M, C) -> (B, N, M)``.
+        A callable ``(B, N, C), (B, M, C) -> (B, N, M)``. It raises ValueError if some of the channels do not exist;
+        slices may not reach beyond them either, as ``slice(4, 8)`` of 6 channels.
 
     Raises:
-        ValueError: If the name of the cost is unknown.
+        ValueError: If the name of the cost is unknown, ``channels`` names none, or ``weight`` is not finite.
+        TypeError: If ``weight`` is no number.
 
     Example:
         >>> cost = on_channels("l1", slice(0, 2), weight=5.0)
@@ -180,12 +275,8 @@ def on_channels(cost: Cost, channels: slice | Sequence[int], *, weight: float = 
         tensor([[[5.]]])
     """
     check_cost("cost", cost)
-    index = channels if isinstance(channels, slice) else list(channels)
-
-    def of_channels(x: Tensor, y: Tensor) -> Tensor:
-        return weight * pairwise_cost(x[..., index], y[..., index], cost)
-
-    return of_channels
+    check_finite("weight", weight)
+    return _OnChannels(cost, _as_channels(channels), weight)
 
 
 def sum_costs(*costs: Cost) -> PairwiseCost:
@@ -210,9 +301,4 @@ def sum_costs(*costs: Cost) -> PairwiseCost:
         raise ValueError("`costs` must be at least one, got none")
     for cost in costs:
         check_cost("costs", cost)
-
-    def total(x: Tensor, y: Tensor) -> Tensor:
-        first, *others = (pairwise_cost(x, y, cost) for cost in costs)
-        return sum(others, first)
-
-    return total
+    return _Sum(costs)

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from setpred._checks import check_at_least, check_positive, check_shape
+from setpred._checks import check_count, check_finite, check_positive, check_shape
+from setpred.functional._precision import common_dtype
 
 
 class Transport(NamedTuple):
@@ -39,7 +40,7 @@ def entropic_transport(
         \sum_{ij} \pi_{ij} \text{cost}_{ij} + \epsilon \sum_{ij} \pi_{ij} \log \frac{\pi_{ij}}{a_i b_j}
 
     by Sinkhorn's iterations on the potentials. Over the first half of them, epsilon falls geometrically from the
-    largest cost of the sample. Without a graph: the derivative by the cost is the plan.
+    largest cost of the sample. Without a graph: the derivative by the cost is the plan. Computed in float32 at least.
 
     Args:
         cost: Shape ``(B, N, M)``; finite where both weights are positive.
@@ -53,7 +54,7 @@ def entropic_transport(
 
     Raises:
         ValueError: If a shape is wrong or a number is out of its range.
-        TypeError: If a dtype is not floating.
+        TypeError: If a dtype is not floating, or ``iters`` no integer.
 
     Example:
         >>> cost, half = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]]), torch.full((1, 2), 0.5)
@@ -68,11 +69,15 @@ def entropic_transport(
     check_shape("row_weight", row_weight, *cost.shape[:2])
     check_shape("col_weight", col_weight, *cost.shape[::2])
     check_positive("epsilon", epsilon)
-    check_at_least("iters", iters, 1)
+    check_finite("epsilon", epsilon)
+    check_count("iters", iters)
+    dtype = common_dtype(cost, row_weight, col_weight)
+    # Detached, because forward-mode differentiation sees through no_grad.
+    cost, row_weight, col_weight = (x.detach().to(dtype) for x in (cost, row_weight, col_weight))
     with torch.no_grad():
         exists = (row_weight > 0).unsqueeze(2) & (col_weight > 0).unsqueeze(1)
-        cost = cost.detach().masked_fill(~exists, 0)
-        log_rows, log_cols = row_weight.detach().log(), col_weight.detach().log()
+        cost = cost.masked_fill(~exists, 0)
+        log_rows, log_cols = row_weight.log(), col_weight.log()
         # amax of an empty dimension is an error
         largest = cost.abs().flatten(1).amax(1) if cost[0:1].numel() > 0 else cost.new_zeros(len(cost))
         start = (largest / epsilon).clamp(min=1).log()

@@ -10,7 +10,7 @@ Tensors inside are channel-major, (C, B, N): then a sort along the elements read
 import torch
 from torch import Tensor
 
-from setpred._checks import check_mask, check_positive, check_shape, check_tensor
+from setpred._checks import check_mask, check_positive, check_shape, check_tensor, in_transform
 from setpred.functional.argsort import argsort_descending
 
 
@@ -91,7 +91,9 @@ def _element_weights(weight: Tensor, permutation: Tensor, mask: Tensor | None) -
     order = permutation.permute(2, 0, 1)
     ranked = None if mask is None else mask.expand_as(order).gather(-1, order)
     rank_weights = _rank_weights(weight, order.shape[-1], ranked)
-    return rank_weights.new_empty(order.shape).scatter_(-1, order, rank_weights.expand_as(order))
+    weights, rank_weights = rank_weights.new_empty(order.shape), rank_weights.expand_as(order)
+    # In place, an unbatched tensor cannot take what vmap has batched.
+    return (weights.scatter if in_transform() else weights.scatter_)(-1, order, rank_weights)
 
 
 def sort_pool(

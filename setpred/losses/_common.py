@@ -7,8 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from setpred._checks import check_at_least, check_choice, check_mask, check_shape, check_tensor
-from setpred.functional.pairwise import Cost, check_cost, cost_of_pairs
+from setpred._checks import (
+    check_at_least,
+    check_choice,
+    check_finite,
+    check_mask,
+    check_shape,
+    check_soft_mask,
+    check_tensor,
+)
+from setpred.functional._precision import common_dtype
+from setpred.functional.pairwise import Cost, channels_seen, check_cost, cost_of_pairs
 
 Reduction = Literal["mean", "sum", "none"]
 Presence = Literal["feature", "bce", "none"]
@@ -54,6 +63,7 @@ def check_options(
         check_cost("matching_cost", matching_cost)
     check_choice("presence", presence, PRESENCES)
     check_at_least("presence_weight", presence_weight, 0)
+    check_finite("presence_weight", presence_weight)
     check_choice("reduction", reduction, REDUCTIONS)
 
 
@@ -75,10 +85,61 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def check_sees_mask(cost: object, channels: int) -> None:
+    """Raise if a composed cost leaves out the last of ``channels`` channels, the mask: no presence would be learned.
+
+    What a callable of the user's own looks at cannot be known without a call on made-up sets.
+    """
+    seen = channels_seen(cost, channels) if callable(cost) else None
+    if seen is not None and channels - 1 not in seen:
+        raise ValueError(
+            "`cost` must see the mask with presence='feature', the last channel (-1), got one of channels "
+            f"{sorted(seen)} of {channels}: add on_channels(..., [-1]), or take another presence"
+        )
+
+
+def check_probabilities(name: str, value: Tensor) -> None:
+    """Raise unless all values lie in [0, 1], as cross-entropy needs.
+
+    On the CPU this takes 4 us. On a GPU it waits for the device once a call (SciPy's matching does so anyway), because
+    PyTorch's own check there ends the process, and names no argument. Values are not looked at while compiling or
+    capturing a CUDA graph, and under transformations that hide them.
+    """
+    if torch.compiler.is_compiling() or (value.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    value = value.detach()
+    try:
+        if torch.equal(value, value.clamp(0, 1)):  # NaN is not equal to itself
+            return
+    except RuntimeError:  # vmap, make_fx: no values are there to look at
+        return
+    *sample, row = ((value >= 0) & (value <= 1)).logical_not().nonzero()[0].tolist()
+    raise ValueError(
+        f"`{name}` must lie in [0, 1] with presence='bce', got {value[(*sample, row)].item()} in sample "
+        f"{sample[0] if len(sample) == 1 else tuple(sample)}"
+    )
+
+
 def presence_loss(pred_mask: Tensor, wanted: Tensor) -> Tensor:
     """Binary cross-entropy of each set's mask, (S, N), a mean over its rows: shape (S,)."""
     value = F.binary_cross_entropy(pred_mask, wanted.to(pred_mask.dtype), reduction="none")
     return mean_rows(value)
+
+
+def as_weight(pred_mask: Tensor) -> Tensor:
+    """Masks as weights: NaN for what is none, negative or NaN. Those of weight 0 get no gradient: they do not exist."""
+    return torch.where(pred_mask > 0, pred_mask, 0 * pred_mask.detach().sqrt())
+
+
+def nothing(*given: Tensor) -> Tensor:
+    """Loss (S,) where a side has no rows: 0, but connected to all that was given, and NaN where that is."""
+    return sum((0 * x.flatten(1).sum(1) for x in given), given[0].new_zeros(len(given[0])))
+
+
+def keep_nan(value: Tensor, *given: Tensor) -> Tensor:
+    """Make a set's loss (S,) NaN where something given is: where nothing is charged, it would be 0."""
+    total, *others = (x.detach().sum(tuple(range(1, x.dim()))) for x in given)  # faster than to look at each number
+    return value.masked_fill(sum(others, total).isnan(), torch.nan)
 
 
 class Sets(NamedTuple):
@@ -99,6 +160,21 @@ class Sets(NamedTuple):
     shape: torch.Size
 
 
+def fill_up(sets: Sets, *, sized: bool) -> tuple[Tensor, Tensor | None]:
+    """Targets with the mask as a feature, and which of their rows count, None if all do.
+
+    However a set was padded, as many count as there are predictions, or as are present if those are more. Where
+    neither side has a mask (``sized`` is False), sizes are not compared: all rows count as they are.
+    """
+    target, present, rows, cols = sets.target, sets.present, sets.pred.shape[1], sets.target.shape[1]
+    if sized and cols < rows:
+        return F.pad(target, (0, 0, 0, rows - cols)), None
+    if present is None or cols == rows:
+        return target, None
+    absent = ~present
+    return target, present | (absent.cumsum(1) <= rows - present.sum(1, keepdim=True))
+
+
 def enter(
     pred: Tensor, target: Tensor, pred_mask: Tensor | None, target_mask: Tensor | None, presence: Presence
 ) -> Sets:
@@ -107,17 +183,19 @@ def enter(
     if pred.dim() not in (3, 4):
         raise ValueError(f"`pred` must have shape (B, N, C) or (K, B, N, C), got shape {tuple(pred.shape)}")
     check_shape("target", target, pred.shape[-3], "M", pred.shape[-1])
-    check_mask("pred_mask", pred_mask, pred.shape[:-1])
+    check_soft_mask("pred_mask", pred_mask, pred.shape[:-1])
     check_mask("target_mask", target_mask, target.shape[:-1])
     if presence == "bce" and pred_mask is None:
         raise ValueError("`pred_mask` must be given with presence='bce', got None")
+    if presence == "bce" and pred_mask is not None:
+        check_probabilities("pred_mask", pred_mask)
     shape = pred.shape[:-2]
-    dtype = torch.promote_types(torch.promote_types(pred.dtype, target.dtype), torch.float32)
+    dtype = common_dtype(pred, target)
     pred, target = pred.to(dtype), target.to(dtype)
     present = None
     if target_mask is not None:
         present = target_mask.bool()
-        target = torch.where(present.unsqueeze(-1), target, 0)
+        target = target.masked_fill(~present.unsqueeze(-1), 0)
     if pred_mask is not None:
         pred_mask = pred_mask.to(dtype)
     if presence == "feature":

@@ -9,12 +9,17 @@ from setpred.functional.pairwise import Cost
 from setpred.losses._common import (
     Presence,
     Reduction,
+    as_weight,
     charge,
     check_options,
+    check_sees_mask,
     enter,
+    fill_up,
     full_precision,
     gather_rows,
+    keep_nan,
     mean_rows,
+    nothing,
     options_repr,
     presence_loss,
     reduce,
@@ -41,21 +46,24 @@ def chamfer_loss(
 
     Costs are not rooted, and the two means are added, not averaged. ``presence`` says how a set's size enters:
 
-    - ``"feature"`` (the paper): the mask is one more channel on both sides, ones where it is None, and all rows count;
-      absent targets are zeros.
+    - ``"feature"`` (the paper): the mask is one more channel on both sides, ones where it is None, and all rows count.
+      Absent targets are zeros, and M counts as N, or as the present targets if those are more: however a set was
+      padded, its loss is the same. Where neither side has a mask, both are taken as they are.
     - ``"none"``: only what is present counts. The first mean is weighted by ``pred_mask``, through which gradients
-      flow; predictions whose mask is 0 do not exist. Where one of the sets is empty, the value is 0.
+      flow; predictions whose mask is 0 do not exist, and a negative mask makes the loss NaN. Where one of the sets is
+      empty, the value is 0.
     - ``"bce"``: the same, and the predicted mask is scored against who is the nearest of some target:
       :math:`w \frac{1}{N} \sum_i \operatorname{BCE}(\hat m_i, [i \text{ is nearest to some } j])` is added.
 
-    Values of absent targets, NaN too, are never seen. Costs are computed in float32 at least, under autocast too.
-    Neighbours are found without a graph, in memory that grows with N + M: see
+    Values of what is absent, NaN too, are never seen; any other NaN makes the set's loss NaN. Costs are computed in
+    float32 at least, under autocast too. Neighbours are found without a graph, in memory that grows with N + M: see
     :func:`~setpred.functional.nearest.nearest_neighbours`.
 
     Args:
         pred: Predicted elements, shape ``(B, N, C)``, or ``(K, B, N, C)`` for K predictions of the same targets.
         target: Target elements, shape ``(B, M, C)``.
-        pred_mask: Predicted presence in [0, 1], shape ``(B, N)`` or ``(K, B, N)``.
+        pred_mask: Predicted presence in [0, 1], floating, shape ``(B, N)`` or ``(K, B, N)``. With ``"bce"`` its values
+            are checked, which waits for the device.
         target_mask: Bool or float {0, 1}, shape ``(B, M)``; None means that all are present.
         cost: Cost d of a pair: ``"huber"``, ``"mse"``, ``"l1"``, or a callable ``(B, N, C), (B, M, C) -> (B, N, M)``,
             see :func:`~setpred.functional.pairwise.pairwise_cost`.
@@ -68,8 +76,9 @@ def chamfer_loss(
         The loss.
 
     Raises:
-        ValueError: If a shape is wrong or a choice is unknown.
-        TypeError: If a dtype is wrong.
+        ValueError: If a shape is wrong, a choice is unknown, ``pred_mask`` is not in [0, 1] with ``"bce"``, or ``cost``
+            is known to leave out the mask that ``"feature"`` made a channel.
+        TypeError: If a dtype is wrong, as bool is for ``pred_mask``.
 
     Example:
         >>> pred, target = torch.tensor([[[0.0], [4.0]]]), torch.tensor([[[1.0]]])
@@ -79,29 +88,34 @@ def chamfer_loss(
     Source: Zhang et al. (NeurIPS 2019), equation 1; Fan et al. (CVPR 2017), section 4.1, for points.
     """
     check_options(cost, matching_cost, presence, presence_weight, reduction)
+    sets = enter(pred, target, pred_mask, target_mask, presence)
+    pred, target, present = sets.pred, sets.target, sets.present
+    weight = exists = None
+    if presence == "feature":
+        if pred_mask is not None:
+            check_sees_mask(cost, pred.shape[-1])
+        target, present = fill_up(sets, sized=pred_mask is not None or target_mask is not None)
+    elif sets.pred_mask is not None:
+        weight = as_weight(sets.pred_mask) if presence == "none" else sets.pred_mask.relu()
+        exists = weight.detach() != 0
+        pred = pred.masked_fill(~exists.unsqueeze(-1), 0)
     with full_precision(pred.device):
-        sets = enter(pred, target, pred_mask, target_mask, presence)
-        pred, target, weight, present = sets.pred, sets.target, sets.pred_mask, sets.present
-        exists = None if weight is None else weight.detach() > 0
-        if presence == "feature":
-            present = None
-        elif exists is not None:
-            pred = pred.masked_fill(~exists.unsqueeze(-1), 0)
+        of_pred, of_target = nearest_neighbours(
+            pred, target, cost if matching_cost is None else matching_cost, x_mask=exists, y_mask=present
+        )
+        # Only who has a neighbour is charged.
+        charged_pred, charged_target = _both(exists, present), _both(present, exists)
         if pred.shape[1] == 0 or target.shape[1] == 0:
-            matched = pred.new_zeros(pred.shape[:2], dtype=torch.bool)
-            value = pred.flatten(1)[:, :0].sum(1)  # 0, but connected
+            value = nothing(pred, target) if weight is None else nothing(pred, target, weight)
         else:
-            of_pred, of_target = nearest_neighbours(
-                pred, target, cost if matching_cost is None else matching_cost, x_mask=exists, y_mask=present
-            )
-            # Only who has a neighbour is charged.
-            charged_pred, charged_target = _both(exists, present), _both(present, exists)
             from_pred = charge(pred, gather_rows(target, of_pred), cost, charged_pred)
             from_target = charge(gather_rows(pred, of_target), target, cost, charged_target)
-            value = _weighted_mean(from_pred, charged_pred, weight) + _weighted_mean(from_target, charged_target)
+            value = _mean(from_pred, charged_pred, weight) + _mean(from_target, charged_target)
+            if charged_target is not None:
+                value = keep_nan(value, pred, target)
+        if sets.pred_mask is not None and presence == "bce":
             matched = _chosen(of_target, charged_target, pred.shape[1])
-        if weight is not None and presence == "bce":
-            value = value + presence_weight * presence_loss(weight, matched)
+            value = value + presence_weight * presence_loss(sets.pred_mask, matched)
     return reduce(value, reduction, sets.shape)
 
 
@@ -113,22 +127,20 @@ def _both(mask: Tensor | None, other: Tensor | None) -> Tensor | None:
     return possible if mask is None else mask & possible
 
 
-def _weighted_mean(value: Tensor, charged: Tensor | None, weight: Tensor | None = None) -> Tensor:
-    if charged is None and weight is None:
-        return mean_rows(value)
-    if weight is None:
-        weight = torch.ones_like(value)
-    if charged is not None:
-        weight = weight.masked_fill(~charged, 0)
-    total = weight.sum(1)
-    return (value * weight).sum(1) / torch.where(total > 0, total, 1)
+def _mean(value: Tensor, charged: Tensor | None, weight: Tensor | None = None) -> Tensor:
+    """Mean over the rows that are charged; the value of others is 0."""
+    if weight is not None:
+        total = weight.sum(1)
+        return (value * weight).sum(1) / torch.where(total > 0, total, 1)
+    return mean_rows(value) if charged is None else value.sum(1) / charged.expand_as(value).sum(1).clamp(min=1)
 
 
 def _chosen(of_target: Tensor, charged: Tensor | None, rows: int) -> Tensor:
     """Say which of the rows are the nearest of some target, (S, rows)."""
     if charged is not None:
         of_target = of_target.masked_fill(~charged, rows)
-    return torch.zeros_like(of_target[:, :1]).bool().repeat(1, rows + 1).scatter(1, of_target, True)[:, :rows]
+    chosen = of_target.new_zeros(len(of_target), rows + 1, dtype=torch.bool)
+    return chosen.scatter(1, of_target, True)[:, :rows]
 
 
 class ChamferLoss(nn.Module):
@@ -143,7 +155,7 @@ class ChamferLoss(nn.Module):
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Raises:
-        ValueError: If a choice is unknown or the weight is negative.
+        ValueError: If a choice is unknown or the weight is negative or not finite.
 
     Example:
         >>> loss = ChamferLoss("mse", presence="none")

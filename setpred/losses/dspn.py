@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from typing import Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from setpred._checks import check_at_least, check_choice, check_mask, check_shape
-from setpred.encoders.base import SetEncoder
+from setpred._checks import check_at_least, check_choice, check_finite, check_mask, check_shape, check_soft_mask
+from setpred.encoders.base import SetEncoder, parameter_dtype
 from setpred.losses.representation import KINDS, Kind, representation_loss
 from setpred.sets import SetPrediction
 
@@ -21,7 +22,9 @@ class DSPNLoss(nn.Module):
               + \lambda\, \mathcal{L}_\text{repr}(Y, z)
 
     The second term makes the target set itself encode to z; an autoencoder, whose z is that encoding, leaves it out.
-    The loss keeps no parameters: the encoder stays the decoder's, and is not in the loss's ``state_dict``.
+    An encoding depends on the number of rows: a target of fewer rows than the prediction's N is first padded to N with
+    absent elements. It is encoded in the dtype of the encoder's parameters. The loss keeps no parameters: the encoder
+    stays the decoder's, and is not in the loss's ``state_dict``.
 
     Args:
         encoder: The decoder's set encoder H.
@@ -34,6 +37,7 @@ class DSPNLoss(nn.Module):
 
     Raises:
         ValueError: If a number is out of its range or a choice is unknown.
+        TypeError: If ``encoder`` or ``set_loss`` cannot be called.
 
     Example:
         >>> import torch
@@ -58,7 +62,11 @@ class DSPNLoss(nn.Module):
         steps: Literal["all", "last"] = "all",
     ) -> None:
         super().__init__()
+        for name, value in (("encoder", encoder), ("set_loss", set_loss)):
+            if not callable(value):
+                raise TypeError(f"`{name}` must be callable, got {value!r} ({type(value).__name__})")
         check_at_least("repr_weight", repr_weight, 0)
+        check_finite("repr_weight", repr_weight)
         check_choice("repr_loss", repr_loss, KINDS)
         check_choice("steps", steps, ("all", "last"))
         self._encoder = (encoder,)  # in a tuple, nn.Module does not register it
@@ -72,14 +80,16 @@ class DSPNLoss(nn.Module):
         prediction: SetPrediction,
         target: Tensor,
         target_mask: Tensor | None = None,
+        *,
         z: Tensor | None = None,
     ) -> Tensor:
         """Compute the loss.
 
         Args:
             prediction: What the decoder returned.
-            target: Target elements, shape ``(B, N, C)``.
-            target_mask: Bool or float {0, 1}, shape ``(B, N)``; None means that all are present. Values of absent
+            target: Target elements, shape ``(B, M, C)``. The set loss says whether M may be more than the prediction's
+                N; with ``z`` it may not.
+            target_mask: Bool or float {0, 1}, shape ``(B, M)``; None means that all are present. Values of absent
                 elements are not seen.
             z: What the decoder was given, shape ``(B, D)``; None leaves out the representation term.
 
@@ -88,9 +98,14 @@ class DSPNLoss(nn.Module):
 
         Raises:
             ValueError: If a shape is wrong, or ``steps="all"`` and the prediction has no trajectory to train through.
-            TypeError: If a dtype is wrong.
+            TypeError: If a dtype is wrong, or ``prediction`` is no :class:`setpred.SetPrediction`.
         """
-        check_shape("target", target, "B", "N", prediction.elements.shape[-1])
+        if not isinstance(prediction, SetPrediction):
+            raise TypeError(f"`prediction` must be a SetPrediction, got {type(prediction).__name__}")
+        check_shape("prediction.elements", prediction.elements, "B", "N", "C")
+        batch, rows, channels = prediction.elements.shape
+        check_soft_mask("prediction.mask", prediction.mask, (batch, rows))
+        check_shape("target", target, batch, "M", channels)
         check_mask("target_mask", target_mask, target.shape[:2])
         if self.steps == "last":
             elements, mask = prediction.elements, prediction.mask
@@ -108,13 +123,25 @@ class DSPNLoss(nn.Module):
                 )
         if target_mask is not None:
             target = target.masked_fill((target_mask == 0).unsqueeze(-1), 0)
+        missing = rows - target.shape[1]
+        if missing < 0 and z is not None and self.repr_weight > 0:
+            # The surplus may be absent, but to see that would wait for the device.
+            raise ValueError(
+                "`target` must have at most as many rows as `prediction` to be encoded, "
+                f"got {target.shape[1]} and {rows}"
+            )
+        if missing > 0:
+            target_mask = target.new_ones(target.shape[:2]) if target_mask is None else target_mask
+            target, target_mask = F.pad(target, (0, 0, 0, missing)), F.pad(target_mask, (0, missing))
         loss = self.set_loss(elements, target, mask, target_mask)
+        check_shape("set_loss(pred, target, pred_mask, target_mask)", loss)
         if z is None or self.repr_weight == 0:
             return loss
-        if target_mask is not None:
-            target_mask = target_mask.to(target.dtype)
-        representation = self._encoder[0](target, target_mask)
-        return loss + self.repr_weight * representation_loss(representation, z, kind=self.repr_loss)
+        dtype = parameter_dtype(self._encoder[0]) or target.dtype
+        encoded = self._encoder[0](target.to(dtype), None if target_mask is None else target_mask.to(dtype))
+        check_shape("encoder(target, target_mask)", encoded, batch, "D")
+        check_shape("z", z, *encoded.shape)
+        return loss + self.repr_weight * representation_loss(encoded, z, kind=self.repr_loss)
 
     @override
     def extra_repr(self) -> str:

@@ -14,9 +14,11 @@ from setpred.losses._common import (
     Reduction,
     charge,
     check_options,
+    check_sees_mask,
     enter,
     full_precision,
     gather_rows,
+    keep_nan,
     mean_rows,
     options_repr,
     presence_loss,
@@ -83,15 +85,17 @@ def hungarian_loss(
       predictions are matched. Absent targets are zeros; with fewer target rows than predictions, absent ones are added.
     - ``"bce"``: present targets are matched to any predictions; the predicted mask is scored against who was matched:
       :math:`w \frac{1}{N} \sum_i \operatorname{BCE}(\hat m_i, [i \text{ matched}])` is added.
-    - ``"none"``: present targets are matched, ``pred_mask`` is not looked at.
+    - ``"none"``: present targets are matched, ``pred_mask`` is not scored.
 
-    In the last two, a set without targets has a matching cost of 0. Values of absent targets, NaN too, are never seen.
-    Costs are computed in float32 at least, under autocast too; the matching has no gradient.
+    In the last two, a set without targets has a matching cost of 0. Values of absent targets, NaN too, are never seen;
+    NaN in what is predicted is an error or makes the set's loss NaN. Costs are computed in float32 at least, under
+    autocast too; the matching has no gradient.
 
     Args:
         pred: Predicted elements, shape ``(B, N, C)``, or ``(K, B, N, C)`` for K predictions of the same targets.
         target: Target elements, shape ``(B, M, C)``.
-        pred_mask: Predicted presence in [0, 1], shape ``(B, N)`` or ``(K, B, N)``.
+        pred_mask: Predicted presence in [0, 1], floating, shape ``(B, N)`` or ``(K, B, N)``. With ``"bce"`` its values
+            are checked, which waits for the device.
         target_mask: Bool or float {0, 1}, shape ``(B, M)``; None means that all are present.
         cost: Cost d of a pair: ``"huber"``, ``"mse"``, ``"l1"``, or a callable ``(B, N, C), (B, M, C) -> (B, N, M)``,
             see :func:`~setpred.functional.pairwise.pairwise_cost` and, to compose one,
@@ -109,8 +113,10 @@ def hungarian_loss(
 
     Raises:
         ValueError: If a shape is wrong, a choice is unknown, there are more targets than predictions (in
-            ``"feature"`` rows, else present ones), or the costs of a sample are NaN or leave no assignment.
-        TypeError: If a dtype is wrong.
+            ``"feature"`` rows, else present ones), the costs of a sample are NaN or leave no assignment, ``pred_mask``
+            is not in [0, 1] with ``"bce"``, or ``cost`` is known to leave out the mask that ``"feature"`` made a
+            channel.
+        TypeError: If a dtype is wrong, as bool is for ``pred_mask``.
 
     Example:
         >>> pred, target = torch.tensor([[[0.0], [5.0]]]), torch.tensor([[[5.5], [0.0]]])
@@ -120,9 +126,11 @@ def hungarian_loss(
     Source: Zhang et al. (NeurIPS 2019), equation 2 and section 3.2; ``"bce"`` as in Carion et al., DETR (ECCV 2020).
     """
     check_options(cost, matching_cost, presence, presence_weight, reduction)
+    sets = enter(pred, target, pred_mask, target_mask, presence)
+    pred, target, present = sets.pred, sets.target, sets.present
+    if presence == "feature" and pred_mask is not None:
+        check_sees_mask(cost, pred.shape[-1])
     with full_precision(pred.device):
-        sets = enter(pred, target, pred_mask, target_mask, presence)
-        pred, target, present = sets.pred, sets.target, sets.present
         (rows, channels), cols = pred.shape[1:], target.shape[1]
         if presence == "feature":
             if cols > rows:
@@ -151,7 +159,11 @@ def hungarian_loss(
             matched = matching >= 0
             value = charge(pred, partner, cost, matched).sum(1) / matched.sum(1).clamp(min=1)
             if sets.pred_mask is not None and presence == "bce":
-                value = value + presence_weight * presence_loss(sets.pred_mask, matched)
+                value = keep_nan(value, pred) + presence_weight * presence_loss(sets.pred_mask, matched)
+            elif sets.pred_mask is not None:
+                value = keep_nan(value, pred, sets.pred_mask)
+            elif present is not None:  # else NaN has been an error of the costs
+                value = keep_nan(value, pred)
     loss = reduce(value, reduction, sets.shape)
     if not return_matching:
         return loss
@@ -176,7 +188,7 @@ class HungarianLoss(nn.Module):
         solver: ``"auto"``, ``"scipy"``, ``"cuda"`` or a callable.
 
     Raises:
-        ValueError: If a choice is unknown or the weight is negative.
+        ValueError: If a choice is unknown or the weight is negative or not finite.
 
     Example:
         >>> loss = HungarianLoss("mse", presence="none")

@@ -2,13 +2,13 @@
 
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
 from setpred._checks import check_choice, check_shape
-from setpred.losses._common import REDUCTIONS, Reduction, reduce
+from setpred.functional._precision import common_dtype
+from setpred.functional.pairwise import huber
+from setpred.losses._common import REDUCTIONS, Reduction, mean_rows, reduce
 
 Kind = Literal["huber", "mse"]
 KINDS = ("huber", "mse")
@@ -49,13 +49,10 @@ def representation_loss(
     check_shape("target", target, *representation.shape)
     check_choice("kind", kind, KINDS)
     check_choice("reduction", reduction, REDUCTIONS)
-    dtype = torch.promote_types(torch.promote_types(representation.dtype, target.dtype), torch.float32)
+    dtype = common_dtype(representation, target)
     representation, target = representation.to(dtype), target.to(dtype)
-    if kind == "huber":
-        value = F.smooth_l1_loss(representation, target, reduction="none")
-    else:
-        value = 0.5 * (representation - target).square()
-    return reduce(value.mean(-1), reduction)
+    value = huber(representation, target) if kind == "huber" else 0.5 * (representation - target).square()
+    return reduce(mean_rows(value), reduction)
 
 
 class RepresentationLoss(nn.Module):

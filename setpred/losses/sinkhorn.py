@@ -6,10 +6,21 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from setpred._checks import check_at_least, check_choice, check_positive
+from setpred._checks import check_choice, check_count, check_finite, check_positive
 from setpred.functional.pairwise import Cost, check_cost, cost_of_all_pairs
 from setpred.functional.sinkhorn import entropic_transport
-from setpred.losses._common import REDUCTIONS, Reduction, enter, full_precision, reduce
+from setpred.losses._common import (
+    REDUCTIONS,
+    Reduction,
+    as_weight,
+    check_sees_mask,
+    enter,
+    fill_up,
+    full_precision,
+    keep_nan,
+    nothing,
+    reduce,
+)
 
 PRESENCES = ("feature", "none")
 
@@ -38,14 +49,18 @@ def sinkhorn_loss(
     Hungarian loss (epsilon towards 0, equal sizes) and a kernel distance (epsilon large). Differentiable once.
 
     - ``presence="feature"``: the mask is one more channel on both sides, ones where it is None, and all rows weigh
-      the same.
+      the same. Absent targets are zeros, and M counts as N, or as the present targets if those are more: however a
+      set was padded, its loss is the same. Where neither side has a mask, both are taken as they are.
     - ``presence="none"``: predictions weigh as their mask says, through which gradients flow, and all present targets
-      the same; each side's weights sum to 1. Where one of the sets is empty, the value is 0.
+      the same; each side's weights sum to 1. A negative mask makes the loss NaN. Where one of the sets is empty, the
+      value is 0.
+
+    Values of what is absent, NaN too, are never seen; any other NaN makes the set's loss NaN.
 
     Args:
         pred: Predicted elements, shape ``(B, N, C)``, or ``(K, B, N, C)`` for K predictions of the same targets.
         target: Target elements, shape ``(B, M, C)``.
-        pred_mask: Predicted presence in [0, 1], shape ``(B, N)`` or ``(K, B, N)``.
+        pred_mask: Predicted presence in [0, 1], floating, shape ``(B, N)`` or ``(K, B, N)``.
         target_mask: Bool or float {0, 1}, shape ``(B, M)``; None means that all are present.
         cost: Cost of a pair: ``"huber"``, ``"mse"``, ``"l1"``, or a callable ``(B, N, C), (B, M, C) -> (B, N, M)``; for
             the divergence it must be symmetric.
@@ -60,8 +75,9 @@ def sinkhorn_loss(
         The loss.
 
     Raises:
-        ValueError: If a shape is wrong, a number out of its range, or a choice unknown.
-        TypeError: If a dtype is wrong.
+        ValueError: If a shape is wrong, a number out of its range, a choice unknown, or ``cost`` is known to leave out
+            the mask that ``"feature"`` made a channel.
+        TypeError: If a dtype is wrong, as bool is for ``pred_mask``.
 
     Example:
         >>> x, y = torch.tensor([[[0.0], [1.0]]]), torch.tensor([[[1.0], [0.0]]])
@@ -70,11 +86,18 @@ def sinkhorn_loss(
 
     Source: Feydy et al., Interpolating between optimal transport and MMD using Sinkhorn divergences (AISTATS 2019).
     """
-    _check_options(cost, epsilon, iters, presence, reduction)
+    _check_options(cost, epsilon, iters, debias, presence, reduction)
+    sets = enter(pred, target, pred_mask, target_mask, presence)
+    pred, target, y_mask = sets.pred, sets.target, sets.present
+    x_mask = None if sets.pred_mask is None else as_weight(sets.pred_mask)
+    if presence == "feature":
+        if pred_mask is not None:
+            check_sees_mask(cost, pred.shape[-1])
+        target, y_mask = fill_up(sets, sized=pred_mask is not None or target_mask is not None)
+    if pred.shape[1] == 0 or target.shape[1] == 0:
+        value = nothing(pred, target) if x_mask is None else nothing(pred, target, x_mask)
+        return reduce(value, reduction, sets.shape)
     with full_precision(pred.device):
-        sets = enter(pred, target, pred_mask, target_mask, presence)
-        pred, target = sets.pred, sets.target
-        x_mask, y_mask = sets.pred_mask, None if presence == "feature" else sets.present
         if x_mask is not None:
             pred = pred.masked_fill((x_mask == 0).unsqueeze(-1), 0)
         x_weight, x_empty = _weights(pred, x_mask)
@@ -92,7 +115,7 @@ def sinkhorn_loss(
         if debias:
             own = transport(pred, pred, x_weight, x_weight) + transport(target, target, y_weight, y_weight)
             value = value - own / 2
-        value = value.masked_fill(x_empty | y_empty, 0)
+        value = keep_nan(value.masked_fill(x_empty | y_empty, 0), pred, target, x_weight)
     return reduce(value, reduction, sets.shape)
 
 
@@ -104,10 +127,12 @@ def _weights(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.where(empty, 1 / max(x.shape[1], 1), weight / torch.where(empty, 1, total)), empty.squeeze(1)
 
 
-def _check_options(cost: object, epsilon: float, iters: int, presence: object, reduction: object) -> None:
+def _check_options(cost: object, epsilon: float, iters: int, debias: bool, presence: object, reduction: object) -> None:
     check_cost("cost", cost)
     check_positive("epsilon", epsilon)
-    check_at_least("iters", iters, 1)
+    check_finite("epsilon", epsilon)
+    check_count("iters", iters)
+    check_choice("debias", debias, (True, False))
     check_choice("presence", presence, PRESENCES)
     check_choice("reduction", reduction, REDUCTIONS)
 
@@ -145,7 +170,7 @@ class SinkhornLoss(nn.Module):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        _check_options(cost, epsilon, iters, presence, reduction)
+        _check_options(cost, epsilon, iters, debias, presence, reduction)
         self.cost = cost
         self.epsilon = epsilon
         self.iters = iters

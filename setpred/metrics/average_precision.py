@@ -4,11 +4,21 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from setpred._checks import check_at_least, check_choice, check_mask, check_shape
+from setpred._checks import (
+    check_at_least,
+    check_choice,
+    check_count,
+    check_mask,
+    check_positive,
+    check_shape,
+    check_tensor,
+    in_transform,
+)
 
 Rule = Callable[[Tensor, Tensor], Tensor]
 Matching = Literal["best", "best free", "best free, taken"]
@@ -33,7 +43,7 @@ def box_iou(pred: Tensor, target: Tensor, *, pixel: float = 0.0) -> Tensor:
         Shape ``(B, N, M)``, in [0, 1]; 0 where boxes do not touch.
 
     Raises:
-        ValueError: If a shape is wrong.
+        ValueError: If a shape is wrong, or ``pixel`` is negative.
         TypeError: If a dtype is not floating.
 
     Example:
@@ -43,6 +53,7 @@ def box_iou(pred: Tensor, target: Tensor, *, pixel: float = 0.0) -> Tensor:
     """
     check_shape("pred", pred, "B", "N", 4)
     check_shape("target", target, pred.shape[0], "M", 4)
+    check_at_least("pixel", pixel, 0)
     pred, target = _in_float32(pred), _in_float32(target)
     a, b = pred.unsqueeze(2), target.unsqueeze(1)
     shared = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
@@ -71,8 +82,9 @@ def attribute_distance(
         Shape ``(B, N, M)``, +inf where some attribute differs.
 
     Raises:
-        ValueError: If a shape is wrong, or there are fewer channels than coordinates and groups.
-        TypeError: If a dtype is not floating.
+        ValueError: If a shape is wrong, a number out of its range, or there are fewer channels than coordinates and
+            groups.
+        TypeError: If a dtype is not floating, or a number of another type.
 
     Example:
         >>> pred = torch.tensor([[[0.0, 0.9, 0.1], [1.0, 0.2, 0.8]]])
@@ -82,6 +94,12 @@ def attribute_distance(
     """
     check_shape("pred", pred, "B", "N", "C")
     check_shape("target", target, pred.shape[0], "M", pred.shape[2])
+    check_count("coordinates", coordinates, 0)
+    if not isinstance(groups, Sequence):
+        raise TypeError(f"`groups` must be a sequence of integers, got {groups!r}")
+    for size in groups:
+        check_count("groups", size)
+    check_positive("scale", scale)
     if pred.shape[2] < coordinates + sum(groups):
         raise ValueError(
             f"`pred` must have {coordinates} coordinates and {sum(groups)} channels of attributes, got {pred.shape[2]}"
@@ -113,10 +131,18 @@ class _Judged(NamedTuple):
     weight: Tensor  # (S,) how much each set counts in a mean over sets
 
 
+def _in_order_of_values(x: Tensor, *others: Tensor) -> list[Tensor]:
+    """Bring the rows of each set (B, N, C), and what belongs to them (B, N), into dictionary order."""
+    order = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    for channel in reversed(x.unbind(-1)):
+        order = order.gather(1, channel.gather(1, order).argsort(dim=1, stable=True))
+    return [x.take_along_dim(order.unsqueeze(2), 1), *(other.gather(1, order) for other in others)]
+
+
 def _rank(score: Tensor, exists: Tensor, closest: Tensor, ties: str) -> Tensor:
     """Order (B, N) in which each set's predictions are gone through; what does not exist comes last."""
     order = torch.arange(score.shape[1], device=score.device).expand_as(score)
-    if ties == "together":  # of equal scores the closest first: by their values, not by their places
+    if ties == "together":  # of equal scores the closest first
         order = closest.argsort(dim=1, descending=True, stable=True)
     score = score.masked_fill(~exists, -torch.inf).gather(1, order)
     order = order.gather(1, score.argsort(dim=1, descending=True, stable=True))
@@ -165,9 +191,33 @@ def _area(score: Tensor, right: Tensor, targets: int, together: bool, recall_poi
     precision = precision.flip(1).cummax(1).values.flip(1)
     if recall_points is None:
         return (recall.diff(dim=1, prepend=recall.new_zeros(len(recall), 1)) * precision).sum(1)
-    wanted = torch.linspace(0, 1, recall_points, device=score.device, dtype=torch.float64)
+    # NumPy's, as in pycocotools: where a recall lies on the grid, the last digit decides, and torch's has others.
+    wanted = torch.from_numpy(np.linspace(0, 1, recall_points)).to(score.device)
     place = torch.searchsorted(recall, wanted.expand(len(recall), -1).contiguous())
     return F.pad(precision, (0, 1)).gather(1, place).mean(1)
+
+
+def _exists(name: str, mask: Tensor | None, elements: Tensor) -> Tensor:
+    """Make a mask (B, N) bool, all True if there is none; presence in between is an error."""
+    check_mask(name, mask, elements.shape[:2])
+    if mask is None:
+        return torch.ones(elements.shape[:2], dtype=torch.bool, device=elements.device)
+    exists = mask.bool()
+    if bool((exists != mask).any()):
+        raise ValueError(f"`{name}` must be bool or hold only 0 and 1, got values between: compare with a threshold")
+    return exists
+
+
+def _as_thresholds(value: float | Sequence[float]) -> Tensor:
+    try:
+        thresholds = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach().clone()
+    except (TypeError, ValueError, RuntimeError):
+        thresholds = torch.zeros(0)
+    if thresholds.dim() > 1 or thresholds.numel() == 0:
+        raise ValueError(f"`thresholds` must be a number or several, got {value!r}")
+    if bool(thresholds.isnan().any()):
+        raise ValueError(f"`thresholds` must not be NaN, got {value!r}")
+    return thresholds
 
 
 class AveragePrecision:
@@ -190,20 +240,25 @@ class AveragePrecision:
         matching: What a prediction may be right about:
 
             - ``"best"``: its closest target; if an earlier prediction has taken that, it is wrong (Pascal VOC).
-            - ``"best free"``: its closest among those that are not taken (COCO).
+            - ``"best free"``: its closest among those that are not taken (COCO; of equally close targets the last, with
+              ``ties="in order"``).
             - ``"best free, taken"``: the same, but it takes that target even where it is too far to be right, and has
               to be strictly closer than the threshold (the iDSPN code).
         ties: How equal scores are ranked. ``"together"``: they are one point of the curve, and inside a set the closest
-            goes first, so that no order of predictions or sets matters. ``"in order"``: by their place in the set and
-            the data set, as the published evaluations do; with masks clamped to [0, 1] that is many.
+            goes first. What is equal in that too, and which of equally close targets is taken, is decided by the
+            elements' values, in dictionary order. So no order of predictions, targets or sets matters. ``"in order"``:
+            by their place in the set and the data set, as the published evaluations do; with masks clamped to [0, 1]
+            that is many.
         average: ``"pooled"``: one ranking for the data set; ``"sets"``: the mean over sets of each one's own average
             precision, sets without targets left out.
         recall_points: None sums over all recalls; a number averages the precision at as many evenly spaced recalls,
-            101 as COCO, 11 as Pascal VOC 2007.
+            101 as COCO, 11 as Pascal VOC 2007. They are those of ``numpy.linspace``, as in pycocotools, whose rounding
+            decides about a recall that lies on one: 7 of 10 found do not reach its 0.7.
         first_only: Whether only the first set of each batch is judged, and counts as much as all of it (iDSPN).
 
     Raises:
-        ValueError: If a choice is unknown or there is no threshold.
+        ValueError: If a choice is unknown, there is no threshold, or one is NaN.
+        TypeError: If ``rule`` is not callable, or a number of another type.
 
     Example:
         >>> metric = AveragePrecision(box_iou, thresholds=(0.5, 0.9))
@@ -227,14 +282,14 @@ class AveragePrecision:
         recall_points: int | None = None,
         first_only: bool = False,
     ) -> None:
+        if not callable(rule):
+            raise TypeError(f"`rule` must be callable, got {rule!r}")
         check_choice("matching", matching, MATCHINGS)
         check_choice("ties", ties, TIES)
         check_choice("average", average, AVERAGES)
         if recall_points is not None:
-            check_at_least("recall_points", recall_points, 2)
-        self.thresholds = torch.as_tensor(thresholds, dtype=torch.float64, device="cpu")
-        if self.thresholds.dim() > 1 or self.thresholds.numel() == 0:
-            raise ValueError(f"`thresholds` must be a number or several, got {thresholds!r}")
+            check_count("recall_points", recall_points, 2)
+        self.thresholds = _as_thresholds(thresholds)
         self.rule, self.largest, self.matching, self.ties = rule, largest, matching, ties
         self.average, self.recall_points, self.first_only = average, recall_points, first_only
         self.reset()
@@ -289,10 +344,14 @@ class AveragePrecision:
         pred: Tensor,
         score: Tensor,
         target: Tensor,
+        *,
         target_mask: Tensor | None = None,
         pred_mask: Tensor | None = None,
     ) -> None:
         """Judge a batch of sets.
+
+        What is always given comes first, the prediction with its score before the target; masks have names, since the
+        losses take them in another order.
 
         Args:
             pred: Predicted elements, shape ``(B, N, C)``.
@@ -302,26 +361,31 @@ class AveragePrecision:
             pred_mask: Which predictions count, bool or float {0, 1}, shape ``(B, N)``; None means all.
 
         Raises:
-            ValueError: If a shape is wrong, or a score is NaN.
+            ValueError: If a shape is wrong, a score that counts is NaN, or a mask holds others than 0 and 1.
             TypeError: If a dtype is wrong.
         """
+        if in_transform():
+            raise RuntimeError("`AveragePrecision` cannot run inside of torch.func's transforms: it keeps values")
         check_shape("pred", pred, "B", "N", "C")
         check_shape("score", score, *pred.shape[:2])
         check_shape("target", target, pred.shape[0], "M", pred.shape[2])
-        check_mask("target_mask", target_mask, target.shape[:2])
-        check_mask("pred_mask", pred_mask, pred.shape[:2])
-        if bool(score.isnan().any()):
+        exists = _exists("pred_mask", pred_mask, pred)
+        present = _exists("target_mask", target_mask, target)
+        if bool((score.isnan() & exists).any()):
             raise ValueError("`score` must not be NaN")
         batch = len(pred)
-        exists, present = (
-            torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.bool()
-            for x, mask in ((pred, pred_mask), (target, target_mask))
-        )
         if self.first_only:
             pred, score, target, exists, present = (x[:1] for x in (pred, score, target, exists, present))
-        closeness = self.rule(pred, target.masked_fill(~present.unsqueeze(-1), 0))
-        if closeness.shape != (*pred.shape[:2], target.shape[1]):
-            expected = (*pred.shape[:2], target.shape[1])
+        target = target.masked_fill(~present.unsqueeze(-1), 0)
+        if self.ties == "together":
+            pred, score, exists = _in_order_of_values(pred, score, exists)
+            target, present = _in_order_of_values(target, present)
+        elif self.matching == "best free":  # of equally close targets, COCO takes the last
+            target, present = target.flip(1), present.flip(1)
+        closeness = self.rule(pred, target)
+        expected = (*pred.shape[:2], target.shape[1])
+        check_tensor("rule(pred, target)", closeness)
+        if closeness.shape != expected:
             raise ValueError(f"`rule` must return shape (B, N, M) = {expected}, got {tuple(closeness.shape)}")
         sign = 1 if self.largest else -1
         never = closeness.isnan() | ~present.unsqueeze(1)
@@ -378,9 +442,22 @@ class AveragePrecision:
         return area.view(self.thresholds.shape)
 
     def merge(self, *others: Self) -> None:
-        """Add what other metrics have judged, which must be configured alike."""
+        """Add what other metrics have judged.
+
+        Args:
+            others: Metrics that are configured like this one.
+
+        Raises:
+            ValueError: If one is configured otherwise; rules are not compared.
+        """
         for other in others:
+            if other._options() != self._options():
+                raise ValueError(f"`others` must have the options {self._options()}, got {other._options()}")
             self._judged.extend(other._judged)
+
+    def _options(self) -> dict[str, object]:
+        names = ("thresholds", "largest", "matching", "ties", "average", "recall_points", "first_only")
+        return {name: getattr(self, name) for name in names} | {"thresholds": self.thresholds.tolist()}
 
     def sync(self, group: Any = None) -> None:
         """Gather what all processes of a group have judged, so that each computes the whole; call it once, on all."""
@@ -393,9 +470,9 @@ def average_precision(
     pred: Tensor,
     score: Tensor,
     target: Tensor,
+    *,
     target_mask: Tensor | None = None,
     pred_mask: Tensor | None = None,
-    *,
     rule: Rule = box_iou,
     thresholds: float | Sequence[float] = 0.5,
     largest: bool = True,
@@ -424,7 +501,8 @@ def average_precision(
         One value per threshold, float64 on the CPU: a scalar, or shape ``(T,)``. NaN where there is no target.
 
     Raises:
-        ValueError: If a shape is wrong, a choice is unknown, or a score is NaN.
+        ValueError: If a shape is wrong, a choice is unknown, a score or threshold is NaN, or a mask holds others than 0
+            and 1.
         TypeError: If a dtype is wrong.
 
     Example:
@@ -443,5 +521,5 @@ def average_precision(
         average=average,
         recall_points=recall_points,
     )
-    metric.update(pred, score, target, target_mask, pred_mask)
+    metric.update(pred, score, target, target_mask=target_mask, pred_mask=pred_mask)
     return metric.compute()

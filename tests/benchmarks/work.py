@@ -30,7 +30,7 @@ class Clevr:
         self.decoder.zero_grad()
         self.z.grad = None
         prediction = self.decoder(self.z, record=False)
-        self.loss(prediction, self.target, self.mask, self.z).backward()
+        self.loss(prediction, self.target, self.mask, z=self.z).backward()
 
 
 class ClevrPooled(Clevr):

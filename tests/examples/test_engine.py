@@ -3,6 +3,7 @@ import os
 import signal
 import types
 import warnings
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ from torch import nn
 pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 
-from common.batches import Batch, InMemory, Splits
+from common.batches import Batch, InMemory
 from common.checkpoint import MetricsFile, load, save
 from common.engine import run
 from common.models import SetPredictor
 
-from setpred import MLPDecoder, SetPrediction, hungarian_loss
+from setpred import DSPNDecoder, MLPDecoder, PooledEncoder, SetPrediction, hungarian_loss
 
 SAMPLES, SIZE, CHANNELS = 40, 3, 2
 
@@ -25,28 +26,43 @@ class Toy:
     """Sets that a linear map of an image makes; an epoch has ten steps."""
 
     name = "toy"
-    description = "A toy."
     eval_steps = (10,)
     lr = 0.01
     selection = "hungarian"
     largest = False
+    evaluated = ("few",)
+    quick = MappingProxyType({"width": 2})
 
     def __init__(self, after_step=None, stream=False):
-        self.after_step, self.stream, self.calls, self.drawn = after_step, stream, 0, 0
+        self.after_step, self.stream, self.calls, self.drawn, self.read = after_step, stream, 0, 0, []
 
     def add_arguments(self, parser):
         parser.add_argument("--width", type=int, default=4)
+        parser.add_argument("--few", action="store_true")
 
-    def data(self, options):
+    def check(self, options, given):
+        pass
+
+    def set_size(self, options):
+        return SIZE
+
+    def all_data(self):
         generator = torch.Generator().manual_seed(7)
         batch = Batch(
             torch.rand(SAMPLES, SIZE, CHANNELS, generator=generator),
             torch.rand(SAMPLES, SIZE, generator=generator) < 0.7,
             torch.rand(SAMPLES, 3, 2, 2, generator=generator),
         )
-        data = InMemory(batch)
-        train = types.SimpleNamespace(batch=self.stream_batch) if self.stream else data
-        return Splits(train, data.first(8), data.first(12))
+        return InMemory(batch)
+
+    def training_data(self, options):
+        self.read.append("training")
+        data = self.all_data()
+        return types.SimpleNamespace(batch=self.stream_batch) if self.stream else data, data.first(8)
+
+    def test_data(self, options):
+        self.read.append("test")
+        return self.all_data().first(3 if options.few else 12)
 
     def stream_batch(self, k, device):
         generator = torch.Generator().manual_seed(k)
@@ -167,6 +183,36 @@ def test_no_test_leaves_the_test_split_alone(tmp_path):
     assert experiment.drawn == 0
 
 
+def test_evaluate_reads_the_test_split_alone(tmp_path):
+    start(tmp_path, "--steps", 2)
+    experiment = Toy()
+    run(experiment, ["--evaluate", str(tmp_path / "best.pt"), "--device", "cpu"])
+    assert experiment.read == ["test"]
+    experiment = Toy()
+    start(tmp_path / "tuning", "--steps", 2, "--no-test", experiment=experiment)
+    assert experiment.read == ["training"]
+
+
+def test_evaluating_something_else_leaves_the_result_of_the_run_alone(tmp_path):
+    trained = start(tmp_path, "--steps", 5)
+    evaluate = ["--evaluate", str(tmp_path / "best.pt"), "--device", "cpu"]
+    run(Toy(), [*evaluate, "--few"])
+    assert json.loads((tmp_path / "result.json").read_text()) == trained
+    other = json.loads((tmp_path / "evaluation/result.json").read_text())
+    assert other["test"] != trained["test"]
+    run(Toy(), [*evaluate, "--workers", "0"])  # how, not what
+    assert json.loads((tmp_path / "result.json").read_text()) == trained
+
+
+def test_split_without_samples_is_an_error(tmp_path):
+    class Empty(Toy):
+        def test_data(self, options):
+            return self.all_data().first(0)
+
+    with pytest.raises(SystemExit, match="toy data: no samples to test on"):
+        start(tmp_path, "--steps", 2, experiment=Empty())
+
+
 def test_evaluate_gives_the_figures_of_the_training_run(tmp_path):
     trained = start(tmp_path / "a", "--steps", 5, "--width", 6)
     run(Toy(), ["--evaluate", str(tmp_path / "a/best.pt"), "--device", "cpu", "--out", str(tmp_path / "b")])
@@ -191,6 +237,101 @@ def test_resuming_with_other_options_is_an_error(tmp_path):
         start(tmp_path, "--steps", 2, "--resume", "--lr", 0.02)
 
 
+def test_what_is_not_given_again_is_as_it_was_when_resumed(tmp_path):
+    start(tmp_path / "a", "--steps", 10, "--width", 6, "--lr", 0.02)
+    start(tmp_path / "b", "--steps", 5, "--width", 6, "--lr", 0.02)
+    run(Toy(), ["--out", str(tmp_path / "b"), "--resume", "--steps", "10", "--device", "cpu"])
+    torch.testing.assert_close(weights(tmp_path / "b"), weights(tmp_path / "a"), rtol=0, atol=0)
+    assert load(tmp_path / "b/last.pt")["options"]["batch_size"] == 4
+    run(Toy(), ["--out", str(tmp_path / "b"), "--resume", "--epochs", "2", "--device", "cpu"])  # another kind of budget
+    assert load(tmp_path / "b/last.pt")["step"] == 20
+    assert [load(tmp_path / "b/last.pt")["options"][name] for name in ("epochs", "steps", "seconds")] == [2, None, None]
+
+
+def test_quick_writes_over_quick_and_over_nothing_else(tmp_path):
+    start(tmp_path / "quick", "--quick")
+    first = (tmp_path / "quick/last.pt").stat().st_mtime_ns
+    start(tmp_path / "quick", "--quick", "--steps", 6)
+    assert (tmp_path / "quick/last.pt").stat().st_mtime_ns > first
+    lines = MetricsFile(tmp_path / "quick/metrics.jsonl").read()
+    assert [line["step"] for line in lines if "validation" in line] == [3, 6]  # of the second alone
+    start(tmp_path / "real", "--steps", 2)
+    with pytest.raises(SystemExit, match="holds a run already"):
+        start(tmp_path / "real", "--quick")
+    start(tmp_path / "quick", "--steps", 2)  # a quick run holds nothing of worth
+    with pytest.raises(SystemExit, match="holds a run already"):
+        start(tmp_path / "quick", "--quick")
+
+
+def test_out_that_is_a_file_is_an_error(tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(SystemExit, match=f"--out: .*{out}"):
+            start(out, "--steps", 2)
+
+
+@pytest.mark.parametrize("step", [24, 41])
+def test_validations_are_a_small_share_of_the_work(tmp_path, step):
+    """One costs two training steps, on 8 samples in batches of 4: ten of twenty times, a tenth is not yet reached."""
+    start(tmp_path / "a", "--steps", 60)
+    lines = [line for line in MetricsFile(tmp_path / "a/metrics.jsonl").read() if "validation" in line]
+    assert [line["step"] for line in lines] == [21, 42, 60]
+    with pytest.raises(SystemExit):
+        start(tmp_path / "b", "--steps", 60, experiment=Toy(interrupt_at(step)))
+    start(tmp_path / "b", "--steps", 60, "--resume")
+    again = [line for line in MetricsFile(tmp_path / "b/metrics.jsonl").read() if "validation" in line]
+    assert [line["validation"] for line in again] == [line["validation"] for line in lines]
+    # The last one always, however short the training; and never more than twenty.
+    start(tmp_path / "c", "--steps", 3)
+    assert [line["step"] for line in MetricsFile(tmp_path / "c/metrics.jsonl").read()] == [3]
+    start(tmp_path / "d", "--steps", 600, "--validate-on", 1)
+    lines = [line for line in MetricsFile(tmp_path / "d/metrics.jsonl").read() if "validation" in line]
+    assert len(lines) == 20
+
+
+def test_work_of_an_evaluation_is_counted_in_inner_steps():
+    assert SetPredictor(Source(), MLPDecoder(12, SIZE, CHANNELS, 4)).evaluation_work([10]) == 1
+    decoder = DSPNDecoder(PooledEncoder(CHANNELS, 12), iters=10, set_size=SIZE, channels=CHANNELS)
+    assert SetPredictor(Source(), decoder).evaluation_work([10, 400]) == 40
+
+
+def test_ctrl_c_outside_of_the_training_is_one_line(tmp_path, capsys):
+    class Slow(Toy):
+        def training_data(self, options):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(SystemExit) as left:
+        start(tmp_path, "--steps", 2, experiment=Slow())
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_second_ctrl_c_leaves_at_once(tmp_path, capsys):
+    def twice(calls, value):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return value
+
+    with pytest.raises(SystemExit) as left:
+        start(tmp_path, "--steps", 9, "--validations", 1, experiment=Toy(twice))
+    assert left.value.code == 130
+    errors = capsys.readouterr().err
+    assert "stopping after this step; Ctrl-C again stops at once" in errors
+    assert errors.endswith("\ninterrupted\n")
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_argument_that_the_library_refuses_is_one_line_before_any_data(tmp_path):
+    class Refused(Toy):
+        def build(self, options):
+            raise ValueError("`momentum` must be smaller")
+
+    experiment = Refused()
+    with pytest.raises(SystemExit, match="`momentum` must be smaller"):
+        start(tmp_path, "--steps", 2, experiment=experiment)
+    assert experiment.read == []
+
+
 def test_budget_may_grow_when_resumed(tmp_path):
     start(tmp_path / "a", "--steps", 10)
     start(tmp_path / "a", "--steps", 20, "--resume")
@@ -204,7 +345,7 @@ def test_loss_that_is_not_finite_ends_the_run(tmp_path):
 
 
 def test_checkpoint_of_another_experiment_is_an_error(tmp_path):
-    save(tmp_path / "best.pt", {"experiment": "other"})
+    save(tmp_path / "best.pt", {"experiment": "other", "options": {}, "model": {}})
     with pytest.raises(SystemExit, match="is of other, not toy"):
         run(Toy(), ["--evaluate", str(tmp_path / "best.pt")])
 
@@ -212,11 +353,16 @@ def test_checkpoint_of_another_experiment_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", "0"], "--steps must be positive, got 0"),
+        (["--steps", "0"], "--steps: must be at least 1, got 0"),
+        (["--seconds", "nan"], "--seconds: must be positive and finite, got nan"),
+        (["--epochs", "inf"], "--epochs: must be positive and finite, got inf"),
+        (["--steps", "x"], "--steps: invalid int value: 'x'"),
+        (["--seed", "-1"], "--seed: must be at least 0"),
+        (["--eval-momentum", "1"], "--eval-momentum: must be at least 0 and less than 1"),
         (["--steps", "1", "--seconds", "1"], "not allowed with"),
         (["--inner-lr", "1"], "--inner-lr has no meaning with --decoder mlp"),
-        (["--eval-steps", "0", "10"], "--eval-steps must be at least 1"),
-        (["--evaluate", "nowhere.pt"], "there is no file nowhere.pt"),
+        (["--eval-steps", "0", "10"], "--eval-steps: must be at least 1"),
+        (["--eval-steps", "10"], "--eval-steps has no meaning with --decoder mlp"),
         (["--batch-size", "41", "--steps", "1"], "--batch-size 41 is more than the training data"),
     ],
 )

@@ -1,7 +1,7 @@
+import gzip
 import json
 import struct
-import sys
-from unittest import mock
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +12,16 @@ pytest.importorskip("sklearn")
 
 from common.checkpoint import load
 from common.engine import Predictions, run
-from common.mnist import load_mnist, points_of
+from common.mnist import find_images, load_test_digits, load_training_digits, points_of
 from mnist_sets import MnistSets
 
+MNIST = Path(__file__).parents[3] / "shared/data/mnist10k"
 pytestmark = pytest.mark.filterwarnings("default")  # of the libraries that a script uses
 
 
 def start(out, *arguments):
-    run(MnistSets(), ["--quick", "--device", "cpu", "--latent", "8", "--width", "8", "--out", str(out), *arguments])
+    small = [] if "--evaluate" in arguments else ["--latent", "8", "--width", "8"]
+    run(MnistSets(), ["--quick", "--device", "cpu", *small, "--out", str(out), *arguments])
     return json.loads((out / "result.json").read_text())
 
 
@@ -41,7 +43,7 @@ def test_recipe_can_be_changed(tmp_path):
 def test_descent_can_be_changed_in_evaluation_alone(tmp_path):
     plain = ["--decoder", "idspn", "--momentum", "0.5", "--inner-lr", "3", "--eval-steps", "4"]
     trained = start(tmp_path / "plain", *plain)
-    again = ["--evaluate", str(tmp_path / "plain/best.pt"), "--out", str(tmp_path / "again")]
+    again = ["--evaluate", str(tmp_path / "plain/best.pt")]
     assert start(tmp_path / "again", *again)["test"] == trained["test"]
     changed = start(tmp_path / "again", *again, "--eval-momentum", "0.9", "--eval-inner-lr", "6")
     assert changed["test"] != trained["test"]
@@ -82,22 +84,71 @@ def test_points_are_the_bright_pixels():
     assert sorted(found.tolist()) == [[0, 27], [18, 9]]
 
 
-def test_mnist_files_are_read_and_split(tmp_path):
-    pytest.importorskip("torchvision")
-    raw = tmp_path / "MNIST/raw"
-    raw.mkdir(parents=True)
-    for name, count in (("train", 1002), ("t10k", 3)):
+def write_mnist(root, **counts):
+    """MNIST's files, black but for the first pixel."""
+    raw = root / "MNIST/raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    for name, count in counts.items():
         pixels = bytes([200] + [0] * 783) * count
         (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, count, 28, 28) + pixels)
-        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + bytes(count))
-    splits = load_mnist(tmp_path)
-    assert [len(part) for part in splits] == [2, 1000, 3]
-    assert splits.test[0].elements[0].tolist() == [0, 0]
-    with pytest.raises(SystemExit, match="expected MNIST's files in"):
-        load_mnist(tmp_path / "elsewhere")
+    return raw
 
 
-def test_data_without_torchvision_is_a_clear_error(tmp_path):
-    absent = mock.patch.dict(sys.modules, {"torchvision": None, "torchvision.datasets": None})
-    with absent, pytest.raises(SystemExit, match="needs a torchvision"):
-        load_mnist(tmp_path)
+def test_mnist_files_are_read_and_split(tmp_path):
+    raw = write_mnist(tmp_path, train=1002, t10k=3)
+    test = load_test_digits(tmp_path, None)
+    assert [len(part) for part in (*load_training_digits(tmp_path, None), test)] == [2, 1000, 3]
+    assert [len(part) for part in load_training_digits(tmp_path, 1)] == [1, 1]
+    assert test[0].elements[0].tolist() == [0, 0]
+    plain = raw / "t10k-images-idx3-ubyte"
+    plain.with_suffix(".gz").write_bytes(gzip.compress(plain.read_bytes()))
+    plain.unlink()
+    assert torch.equal(load_test_digits(tmp_path, None).data.elements, test.data.elements)
+    with pytest.raises(SystemExit, match=r"--data: there is no file .*elsewhere/MNIST/raw/t10k-images-idx3-ubyte"):
+        find_images(tmp_path / "elsewhere", "test")
+
+
+@pytest.mark.skipif(not MNIST.is_dir(), reason="needs shared/data/mnist10k")
+def test_real_digits_are_read():
+    test = load_test_digits(MNIST, 100)
+    counts = test.data.mask.sum(1)
+    assert 20 < counts.min() < counts.float().mean() < counts.max() < 300
+    middle = (test.data.elements * test.data.mask.unsqueeze(-1)).sum((0, 1)) / counts.sum()
+    torch.testing.assert_close(middle, torch.tensor([0.5, 0.5]), atol=0.05, rtol=0)  # digits are centred
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"text", struct.pack(">IIII", 2049, 1, 28, 28), struct.pack(">IIII", 2051, 3, 28, 28)]
+)
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_broken_files_are_a_clear_error(tmp_path, content, suffix):
+    write_mnist(tmp_path)
+    (tmp_path / f"MNIST/raw/t10k-images-idx3-ubyte{suffix}").write_bytes(content)
+    with pytest.raises(SystemExit, match=r"--data: .*t10k-images-idx3-ubyte.* is no whole file of MNIST's images"):
+        load_test_digits(tmp_path, None)
+
+
+def test_only_what_is_needed_is_read(tmp_path):
+    """The test files alone to evaluate, the training files alone for --no-test; both otherwise, before anything."""
+    write_mnist(tmp_path / "whole", train=1008, t10k=8)
+    write_mnist(tmp_path / "test", t10k=8)
+    write_mnist(tmp_path / "train", train=1008)
+    mlp = ["--decoder", "mlp", "--data"]
+    trained = start(tmp_path / "run", *mlp, str(tmp_path / "whole"))
+    best = ["--evaluate", str(tmp_path / "run/best.pt")]
+    found = start(tmp_path / "again", *best, "--data", str(tmp_path / "test"))
+    assert found["test"] == trained["test"]
+    assert found["data"] == f"MNIST files in {tmp_path / 'test'}"
+    start(tmp_path / "tuning", *mlp, str(tmp_path / "train"), "--no-test")
+    for out, given, part in [("run", best, "train"), ("new", mlp[:-1], "train"), ("new", mlp[:-1], "test")]:
+        missing = "t10k" if part == "train" else "train"
+        with pytest.raises(SystemExit, match=f"--data: there is no file .*{missing}-images"):
+            start(tmp_path / out, *given, "--data", str(tmp_path / part))
+    assert not (tmp_path / "new").exists()
+
+
+def test_data_with_sets_of_another_size_is_refused(tmp_path):
+    write_mnist(tmp_path, train=1008, t10k=8)
+    start(tmp_path / "run", "--decoder", "mlp")
+    with pytest.raises(SystemExit, match="--data: sets of 342 rows, where the checkpoint's have 32"):
+        start(tmp_path / "again", "--evaluate", str(tmp_path / "run/best.pt"), "--data", str(tmp_path))

@@ -27,7 +27,7 @@ class Network(nn.Module):
 
     def step(self, x: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         z = self.backbone(x)
-        return self.loss(self.decoder(z), target, mask, z)
+        return self.loss(self.decoder(z), target, mask, z=z)
 
 
 def make_batch(size: int = 6, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:

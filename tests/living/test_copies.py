@@ -71,7 +71,6 @@ def test_compiling_the_decoder_of_a_network(recipe: str) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
 @RECIPES
 def test_an_ensemble_by_vmap(recipe: str) -> None:
     # [docs: vmap

@@ -25,7 +25,7 @@ class SetModule(L.LightningModule):
     def validation_step(self, batch: tuple[Tensor, ...]) -> None:
         x, target, mask = batch
         prediction = self.network(x)  # under inference_mode
-        self.metric.update(prediction.elements, prediction.mask, target, mask)
+        self.metric.update(prediction.elements, prediction.mask, target, target_mask=mask)
 
     def on_validation_epoch_end(self) -> None:
         self.log("ap", self.metric.compute()[0])

@@ -28,6 +28,7 @@ def detr() -> DetrForObjectDetection:
         decoder_ffn_dim=16,
         num_queries=6,
         num_labels=3,
+        dropout=0.0,
     )
     return DetrForObjectDetection(config)
 
@@ -54,7 +55,7 @@ def test_detr_learns_with_the_hungarian_loss() -> None:
     data = torch.rand(2, 3, 32, 32), torch.rand(2, 4, 4), torch.randint(3, (2, 4)), torch.rand(2, 4) < 0.8
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
-    for _ in range(40):
+    for _ in range(100):
         optimizer.zero_grad()
         value = detr_loss(model, *data)
         value.backward()

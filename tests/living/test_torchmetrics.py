@@ -28,8 +28,10 @@ class SetAveragePrecision(Metric):
 
     def compute(self) -> Tensor:
         metric = AveragePrecision(torch.cdist, thresholds=[self.threshold], largest=False)
-        cat = [torch.cat(list(part)) for part in (self.elements, self.scores, self.targets, self.masks)]
-        metric.update(*cat)
+        elements, scores, targets, masks = (
+            torch.cat(list(part)) for part in (self.elements, self.scores, self.targets, self.masks)
+        )
+        metric.update(elements, scores, targets, target_mask=masks)
         return metric.compute()[0]
 
     # docs]
@@ -42,7 +44,7 @@ def test_as_a_metric_and_beside_one() -> None:
     for _, target, mask in batches:
         elements, scores = target + 0.05 * torch.randn_like(target), torch.rand(mask.shape)
         metric.update(elements, scores, target, mask)
-        plain.update(elements, scores, target, mask)
+        plain.update(elements, scores, target, target_mask=mask)
         loss.update((elements - target).square().mean())
     assert 0 < metric.compute() <= 1
     assert metric.compute() == plain.compute()[0]

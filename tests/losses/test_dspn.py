@@ -53,7 +53,7 @@ def test_all_steps_are_averaged_the_first_included(make_set_loss: Any) -> None:
     expected = sum(per_step) / (T + 1)
     problem.assert_equal(loss(prediction, problem.target, problem.mask), expected)
     problem.assert_equal(
-        loss(prediction, problem.target, problem.mask, problem.z), expected + 0.1 * problem.representation_term()
+        loss(prediction, problem.target, problem.mask, z=problem.z), expected + 0.1 * problem.representation_term()
     )
 
 
@@ -67,7 +67,7 @@ def test_the_last_step_alone(differentiate: str, weight: float, kind: str) -> No
     expected = squared(prediction.elements, problem.target, prediction.mask, problem.mask)
     problem.assert_equal(loss(prediction, problem.target, problem.mask), expected)
     problem.assert_equal(
-        loss(prediction, problem.target, problem.mask, problem.z),
+        loss(prediction, problem.target, problem.mask, z=problem.z),
         expected + weight * problem.representation_term(kind),
     )
 
@@ -77,7 +77,7 @@ def test_without_a_mask_all_targets_are_present() -> None:
     loss, prediction = DSPNLoss(problem.encoder, HungarianLoss()), problem.decoder(problem.z)
     ones = torch.ones(B, N, dtype=torch.float64)
     problem.assert_equal(
-        loss(prediction, problem.target, z=problem.z), loss(prediction, problem.target, ones, problem.z)
+        loss(prediction, problem.target, z=problem.z), loss(prediction, problem.target, ones, z=problem.z)
     )
 
 
@@ -89,7 +89,7 @@ def test_values_of_absent_targets_are_not_seen(make_set_loss: Any, garbage: floa
     loss, prediction = DSPNLoss(problem.encoder, make_set_loss()), problem.decoder(problem.z)
     absent = (problem.mask == 0).unsqueeze(-1)
     values = [
-        loss(prediction, problem.target.masked_fill(absent, value), problem.mask.to(dtype), problem.z)
+        loss(prediction, problem.target.masked_fill(absent, value), problem.mask.to(dtype), z=problem.z)
         for value in (0.0, garbage)
     ]
     assert values[0].isfinite()
@@ -100,7 +100,7 @@ def test_gradients_of_the_representation_term_reach_encoder_and_vector() -> None
     problem = Problem()
     prediction = SetPrediction(*(part.detach() for part in problem.decoder(problem.z)[:2]))
     loss = DSPNLoss(problem.encoder, squared, steps="last")
-    loss(prediction, problem.target, problem.mask, problem.z).backward()
+    loss(prediction, problem.target, problem.mask, z=problem.z).backward()
     assert problem.z.grad.any()
     assert all(p.grad.any() for p in problem.encoder.parameters())
     assert problem.decoder.initial_elements.grad is None
@@ -129,7 +129,7 @@ def test_a_model_that_holds_decoder_and_loss_is_copied_with_one_encoder() -> Non
     loss = copied["loss"]
     loss.steps = "last"
     z = torch.full((B, D), 3.0, dtype=torch.float64)
-    without, with_term = (loss(prediction, problem.target, problem.mask, given) for given in (None, z))
+    without, with_term = (loss(prediction, problem.target, problem.mask, z=given) for given in (None, z))
     assert (with_term - without).item() == pytest.approx(0.1 * 2.5)  # the encoder of the copy gives zeros
 
 
@@ -172,6 +172,7 @@ def test_refuses_all_steps_of_a_detached_trajectory() -> None:
     [
         ("`repr_weight` must be at least 0, got -1", {"repr_weight": -1}),
         ("`repr_weight` must be at least 0, got nan", {"repr_weight": math.nan}),
+        ("`repr_weight` must be finite, got inf", {"repr_weight": math.inf}),
         ("`repr_loss` must be one of 'huber', 'mse', got 'l1'", {"repr_loss": "l1"}),
         ("`steps` must be one of 'all', 'last', got 'first'", {"steps": "first"}),
     ],
@@ -184,15 +185,64 @@ def test_refuses_settings(message: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
-        (ValueError, r"`target` must have shape \(B, N, 2\), got .* \(3, 4, 5\)", {"target": torch.zeros(3, 4, 5)}),
-        (ValueError, r"`target` must have shape \(B, N, 2\), got .* \(3, 2\)", {"target": torch.zeros(3, 2)}),
+        (ValueError, r"`target` must have shape \(3, M, 2\), got .* \(3, 4, 5\)", {"target": torch.zeros(3, 4, 5)}),
+        (ValueError, r"`target` must have shape \(3, M, 2\), got .* \(3, 2\)", {"target": torch.zeros(3, 2)}),
         (TypeError, "`target` must have a floating dtype, got int64", {"target": torch.zeros(3, 4, 2).long()}),
         (ValueError, r"`target_mask` must have shape \(3, 4\), got", {"target_mask": torch.zeros(3, 5)}),
         (TypeError, "`target_mask` must be bool or floating", {"target_mask": torch.zeros(3, 4).long()}),
-        (ValueError, r"`target` must have shape \(3, 6\), got .* \(3, 5\)", {"z": torch.zeros(3, 5)}),
+        (ValueError, r"`z` must have shape \(3, 6\), got .* \(3, 5\)", {"z": torch.zeros(3, 5)}),
+        (TypeError, "`z` must have a floating dtype, got int64", {"z": torch.zeros(3, 6).long()}),
+        (ValueError, r"`target` must have shape \(3, M, 2\), got .* \(2, 4, 2\)", {"target": torch.zeros(2, 4, 2)}),
     ],
 )
 def test_refuses_inputs(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
     problem = Problem()
     with pytest.raises(error, match=message):
         DSPNLoss(problem.encoder, squared)(problem.decoder(problem.z), **{"target": problem.target} | arguments)
+
+
+@pytest.mark.parametrize("name", ["encoder", "set_loss"])
+@pytest.mark.parametrize("value", [None, "huber", 1.0])
+def test_refuses_what_cannot_be_called(name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=f"`{name}` must be callable, got {value!r}"):
+        DSPNLoss(**{"encoder": Problem().encoder, "set_loss": squared} | {name: value})
+
+
+def test_refuses_other_predictions() -> None:
+    problem = Problem()
+    loss = DSPNLoss(problem.encoder, squared, steps="last")
+    elements, mask, _ = problem.decoder(problem.z)
+    for prediction in (elements, (elements, mask), None):
+        with pytest.raises(TypeError, match="`prediction` must be a SetPrediction, got"):
+            loss(prediction, problem.target)
+    for error, message, prediction in [
+        (TypeError, "`prediction.elements` must be a tensor", SetPrediction(None, None)),
+        (ValueError, r"`prediction.elements` must have shape \(B, N, C\)", SetPrediction(elements[0], mask[0])),
+        (ValueError, r"`prediction.mask` must have shape \(3, 4\)", SetPrediction(elements, mask[:2])),
+        (TypeError, "`prediction.mask` must be floating: a bool mask", SetPrediction(elements, mask > 0.5)),
+    ]:
+        with pytest.raises(error, match=message):
+            loss(prediction, problem.target)
+
+
+@pytest.mark.parametrize("set_loss", [HungarianLoss(reduction="none"), ChamferLoss(reduction="none")])
+@pytest.mark.parametrize("steps", ["all", "last"])
+def test_refuses_a_set_loss_that_is_not_reduced(set_loss: nn.Module, steps: str) -> None:
+    problem = Problem()
+    with pytest.raises(ValueError, match=r"`set_loss\(.*\)` must have shape \(\), got float64 of shape"):
+        DSPNLoss(problem.encoder, set_loss, steps=steps)(problem.decoder(problem.z), problem.target, z=problem.z)
+
+
+@pytest.mark.parametrize("result", [lambda x: x, lambda x: x.sum(), lambda x: x.sum(1)[:2], lambda x: x.sum(1).long()])
+def test_refuses_what_is_no_encoding(result: Any) -> None:
+    problem = Problem()
+    with pytest.raises((ValueError, TypeError), match=r"`encoder\(target, target_mask\)` must have"):
+        DSPNLoss(lambda elements, mask: result(elements), squared)(
+            problem.decoder(problem.z), problem.target, z=problem.z
+        )
+
+
+def test_z_is_given_by_name() -> None:
+    problem = Problem()
+    with pytest.raises(TypeError, match="positional"):
+        DSPNLoss(problem.encoder, squared)(problem.decoder(problem.z), problem.target, problem.mask, problem.z)

@@ -13,7 +13,7 @@ def test_a_shuffled_set_costs_nothing() -> None:
     target, mask = torch.randn(3, 50, 4), torch.rand(3, 50) < 0.6
     shuffle = torch.randperm(50)
     loss, matching = hungarian_loss(
-        target[:, shuffle] * mask[:, shuffle, None], target, mask[:, shuffle], mask, return_matching=True
+        target[:, shuffle] * mask[:, shuffle, None], target, mask[:, shuffle].float(), mask, return_matching=True
     )
     assert loss == 0
     assert torch.equal(matching[mask[:, shuffle]], shuffle.expand(3, -1)[mask[:, shuffle]])

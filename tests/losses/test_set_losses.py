@@ -4,13 +4,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from setpred.functional.pairwise import pairwise_cost
+from setpred.functional.pairwise import on_channels, pairwise_cost, sum_costs
 from setpred.losses.chamfer import ChamferLoss, chamfer_loss
 from setpred.losses.hungarian import HungarianLoss, hungarian_loss
+from setpred.losses.sinkhorn import SinkhornLoss
 from tests import devices, oracles
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -43,12 +46,11 @@ def test_equals_the_formula(name: str, presence: str, kind: str, batch: int, n: 
     pred, target, pred_mask, target_mask = random_sets(batch, n, m)
     if name == "chamfer" and presence == "none":
         pred_mask = pred_mask.detach().masked_fill(torch.rand(batch, n) < 0.3, 0).requires_grad_()
-    if name == "chamfer" and presence == "feature" and m == 0:
-        target, target_mask = torch.zeros(batch, 1, 2, **DOUBLE), torch.zeros(batch, 1)
-    garbage = target.masked_fill(~target_mask.bool().unsqueeze(-1), torch.nan)
+    garbage = target.masked_fill(~target_mask.unsqueeze(-1), torch.nan)
     options = {"cost": kind, "presence": presence, "presence_weight": 0.3}
     actual = loss(pred, garbage, pred_mask, target_mask, reduction="none", **options)
-    parts = zip(pred, target, pred_mask, target_mask, strict=True)
+    rows = (0, n - m) if presence == "feature" else (0, 0)  # targets count as if padded to the predictions' rows
+    parts = zip(pred, F.pad(target, (0, 0, *rows)), pred_mask, F.pad(target_mask, rows), strict=True)
     expected = torch.stack([oracle(x, y, p, t, kind, presence, 0.3) for x, y, p, t in parts])
     expected = expected + 0 * (pred.sum() + pred_mask.sum())  # connected where it is empty
     torch.testing.assert_close(actual, expected, **EXACT)
@@ -281,15 +283,27 @@ def test_module(module: type[nn.Module]) -> None:
     [
         (ValueError, r"`pred` must have shape \(B, N, C\) or \(K, B, N, C\)", {"pred": torch.rand(5, 2)}),
         (TypeError, "`pred` must have a floating dtype", {"pred": torch.ones(2, 5, 2).long()}),
+        (TypeError, r"`pred` must be a tensor, got \[0.0\] \(list\)", {"pred": [0.0]}),
+        (TypeError, "`target` must be a tensor, got None", {"target": None}),
         (ValueError, r"`target` must have shape \(2, M, 2\), got .*\(2, 5, 3\)", {"target": torch.rand(2, 5, 3)}),
         (ValueError, r"`target` must have shape \(2, M, 2\), got .*\(3, 5, 2\)", {"target": torch.rand(3, 5, 2)}),
         (ValueError, r"`pred_mask` must have shape \(2, 5\)", {"pred_mask": torch.rand(2, 4)}),
+        (TypeError, "`pred_mask` must be a tensor or None, got 0.5", {"pred_mask": 0.5}),
+        (TypeError, "`pred_mask` must be bool or floating", {"pred_mask": torch.ones(2, 5).long()}),
+        (
+            TypeError,
+            r"`pred_mask` must be floating: a bool mask is a target's, for `target_mask`; got bool of shape \(2, 5\)",
+            {"pred_mask": torch.ones(2, 5).bool()},
+        ),
         (ValueError, r"`target_mask` must have shape \(2, 5\)", {"target_mask": torch.ones(2, 5, 1)}),
         (TypeError, "`target_mask` must be bool or floating", {"target_mask": torch.ones(2, 5).long()}),
         (ValueError, "`cost` must be one of", {"cost": "l2"}),
         (ValueError, "`matching_cost` must be one of", {"matching_cost": "l2"}),
         (ValueError, "`presence` must be one of", {"presence": "maybe"}),
         (ValueError, "`presence_weight` must be at least 0", {"presence_weight": -1}),
+        (ValueError, "`presence_weight` must be at least 0, got nan", {"presence_weight": torch.nan}),
+        (ValueError, "`presence_weight` must be finite, got inf", {"presence_weight": torch.inf}),
+        (TypeError, "`presence_weight` must be a number", {"presence_weight": "1"}),
         (ValueError, "`reduction` must be one of", {"reduction": "max"}),
         (ValueError, "`pred_mask` must be given with presence='bce'", {"presence": "bce"}),
     ],
@@ -301,3 +315,74 @@ def test_refuses(name: str, error: type[Exception], message: str, change: dict[s
     if not {"pred", "target", "pred_mask", "target_mask"} & change.keys() and "pred_mask" not in message:
         with pytest.raises(error, match=message):
             (HungarianLoss if name == "hungarian" else ChamferLoss)(**change)
+
+
+@pytest.mark.parametrize("loss", [HungarianLoss, ChamferLoss])
+@pytest.mark.parametrize("value", [1.5, -0.5, torch.nan, torch.inf, -torch.inf, "next to 1"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("steps", [None, 2])
+def test_cross_entropy_refuses_what_is_no_probability(
+    loss: type[nn.Module], value: float | str, dtype: torch.dtype, steps: int | None
+) -> None:
+    """Logits, another clamp, or NaN; the error says where."""
+    pred, target, pred_mask, target_mask = (x.detach() for x in random_sets(3, 4, 4, steps=steps))
+    function, pred_mask = loss(presence="bce"), pred_mask.to(dtype)
+    pred_mask[..., 0], pred_mask[..., 1] = 0, 1
+    assert function(pred, target, pred_mask, target_mask).isfinite()
+    pred_mask[(1, 2, 3) if steps else (2, 3)] = 1 + torch.finfo(dtype).eps if value == "next to 1" else value
+    message = r"`pred_mask` must lie in \[0, 1\] with presence='bce', got .* in sample "
+    with pytest.raises(ValueError, match=message + (r"\(1, 2\)" if steps else "2")):
+        function(pred, target, pred_mask, target_mask)
+
+
+def test_values_are_not_looked_at_where_they_cannot_be_seen() -> None:
+    loss = ChamferLoss(presence="bce")
+    pred, target, pred_mask, target_mask = (x.detach() for x in random_sets(3, 4, 4, steps=2))
+    mapped = torch.func.vmap(loss, in_dims=(0, None, 0, None))(pred, target, pred_mask, target_mask)
+    alone = [loss(x, target, m, target_mask) for x, m in zip(pred, pred_mask, strict=True)]
+    torch.testing.assert_close(mapped, torch.stack(alone), **EXACT)
+    traced = make_fx(loss)(pred[0], target, pred_mask[0], target_mask)
+    torch.testing.assert_close(traced(pred[1], target, pred_mask[1], target_mask), alone[1], **EXACT)
+
+
+MASKED = {
+    "the last": (on_channels("l1", [0, 2]), True),
+    "-1": (on_channels("l1", [0, -1]), True),
+    "a slice to the end": (on_channels("l1", slice(1, None)), True),
+    "one part of a sum": (sum_costs(on_channels("l1", [0]), on_channels("mse", [-1])), True),
+    "by name": (sum_costs("huber", on_channels("mse", [0])), True),
+    "own": (lambda x, y: pairwise_cost(x[..., :2], y[..., :2]), True),  # nobody can know
+    "own in a sum": (sum_costs(on_channels("l1", [0]), lambda x, y: pairwise_cost(x, y)), True),
+    "nested": (on_channels(on_channels("l1", [-1]), [0, 2]), True),
+    "not": (on_channels("l1", [0, 1]), False),
+    "not in a slice": (on_channels("huber", slice(0, 2)), False),
+    "not in a sum": (sum_costs(on_channels("l1", [0]), on_channels("mse", slice(1, 2), weight=3.0)), False),
+    "own, but not": (on_channels(lambda x, y: pairwise_cost(x, y), [0, 1]), False),
+    "nested, but not": (on_channels(on_channels("l1", [0]), [0, 2]), False),
+    "a sum in channels": (on_channels(sum_costs("l1", "mse"), [1]), False),
+}
+
+
+@pytest.mark.parametrize("loss", [HungarianLoss, ChamferLoss, SinkhornLoss])
+@pytest.mark.parametrize(("cost", "sees"), MASKED.values(), ids=MASKED)
+def test_a_composed_cost_must_see_the_mask_that_it_is_to_train(
+    loss: type[nn.Module], cost: Callable[[Tensor, Tensor], Tensor], sees: bool
+) -> None:
+    pred, target, pred_mask, target_mask = random_sets(2, 5, 5)
+    function = loss(cost, presence="feature")
+    if sees:
+        assert function(pred, target, pred_mask, target_mask).isfinite()
+    else:
+        with pytest.raises(ValueError, match=r"`cost` must see the mask with presence='feature', .* of 3: add"):
+            function(pred, target, pred_mask, target_mask)
+    function(pred, target, None, target_mask)  # no presence is predicted
+    wide = loss(cost, presence="none")
+    wide(*(torch.cat([x, x], -1) for x in (pred, target)), pred_mask, target_mask)
+
+
+@name
+def test_what_is_matched_by_need_not_see_the_mask(name: str) -> None:
+    loss, _ = LOSSES[name]
+    inputs = random_sets(2, 5, 5)
+    value = loss(*inputs, matching_cost=on_channels("l1", [0, 1]))
+    assert torch.autograd.grad(value, inputs[2])[0].any()

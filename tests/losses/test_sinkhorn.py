@@ -73,7 +73,7 @@ def test_small_epsilon_is_the_hungarian_loss() -> None:
 def test_a_shuffled_set_costs_nothing_another_something(presence: str) -> None:
     pred, target, pred_mask, target_mask = random_sets(5, 5)
     target, shuffle = target * target_mask.unsqueeze(-1), torch.randperm(5)
-    same = sinkhorn_loss(target[:, shuffle], target, target_mask[:, shuffle], target_mask, presence=presence)
+    same = sinkhorn_loss(target[:, shuffle], target, target_mask[:, shuffle].double(), target_mask, presence=presence)
     assert same.abs() < 1e-4
     assert (sinkhorn_loss(pred, target, pred_mask, target_mask, presence=presence, reduction="none") > 1e-3).all()
 
@@ -167,7 +167,10 @@ def test_module_and_refusals() -> None:
     )
     for message, change in {
         "`presence` must be one of 'feature', 'none', got 'bce'": {"presence": "bce"},
-        "`epsilon` must be positive": {"epsilon": 0.0},
+        "`epsilon` must be positive, got 0.0": {"epsilon": 0.0},
+        "`epsilon` must be positive, got nan": {"epsilon": torch.nan},
+        "`epsilon` must be finite, got inf": {"epsilon": torch.inf},
+        "`debias` must be one of True, False, got 'no'": {"debias": "no"},
         "`iters` must be at least 1": {"iters": 0},
         "`cost` must be one of": {"cost": "l2"},
         "`reduction` must be one of": {"reduction": "max"},
@@ -176,5 +179,22 @@ def test_module_and_refusals() -> None:
             SinkhornLoss(**change)
         with pytest.raises(ValueError, match=message):
             sinkhorn_loss(*inputs, **change)
+    for message, change in {
+        "`iters` must be an integer, got 2.5": {"iters": 2.5},
+        "`epsilon` must be a number, got '1'": {"epsilon": "1"},
+    }.items():
+        with pytest.raises(TypeError, match=message):
+            SinkhornLoss(**change)
+        with pytest.raises(TypeError, match=message):
+            entropic_transport(torch.rand(1, 2, 3), torch.rand(1, 2), torch.rand(1, 3), **change)
+    for name, wrong in {"pred": [0.0], "target": None, "pred_mask": 0.5, "target_mask": [True]}.items():
+        with pytest.raises(TypeError, match=f"`{name}` must be a tensor"):
+            sinkhorn_loss(
+                **dict(zip(["pred", "target", "pred_mask", "target_mask"], inputs, strict=True)) | {name: wrong}
+            )
+    with pytest.raises(TypeError, match="`pred_mask` must be floating: a bool mask is a target's"):
+        sinkhorn_loss(inputs[0], inputs[0], inputs[2] > 0.5)
     with pytest.raises(ValueError, match=r"`row_weight` must have shape \(1, 2\)"):
         entropic_transport(torch.rand(1, 2, 3), torch.rand(1, 3), torch.rand(1, 3))
+    with pytest.raises(ValueError, match="`epsilon` must be finite"):
+        entropic_transport(torch.rand(1, 2, 3), torch.rand(1, 2), torch.rand(1, 3), epsilon=torch.inf)
