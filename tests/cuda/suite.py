@@ -44,8 +44,12 @@ class Shard:
         )
 
     def outcomes(self) -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
-        return [line for line in lines if "test" in line]
+        """Of every test that was begun, the last that was written of it; a failure is not made up for."""
+        tests: dict[str, dict[str, Any]] = {}
+        for line in map(json.loads, self.file.read_text().splitlines() if self.file.exists() else ()):
+            if tests.get(line["test"], line)["outcome"] != "failed":
+                tests[line["test"]] = line
+        return list(tests.values())
 
     def is_done(self) -> bool:
         """Whether its process has ended with every test done; starts another one where it broke off."""
@@ -88,7 +92,13 @@ def report(options: Options, shards: list[Shard], seconds: float) -> None:
     unfinished = [shard for shard in shards if shard.process.poll() is None]
     for shard in unfinished:
         shard.process.kill()
-    outcomes = [outcome for shard in shards for outcome in shard.outcomes()]
+    outcomes = []
+    for shard in shards:
+        for outcome in shard.outcomes():
+            if outcome["outcome"] != "begun":
+                outcomes.append(outcome)
+            elif shard not in unfinished:
+                outcomes.append(outcome | {"outcome": "failed", "text": "E   the process ended in it"})
     counts = {kind: sum(o["outcome"] == kind for o in outcomes) for kind in ("passed", "failed", "skipped")}
     text = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     note = f"{len(shards)} processes, {seconds:.0f} s"

@@ -79,11 +79,12 @@ def _rendered(cache: Path) -> bool:
 
 def report(one: Run, seconds: float, options: Options) -> None:
     """Hand over a run's scores, its tables and its picture."""
-    print(f"\n$ {' '.join(one.command[1:])}\n{one.log.read_text(errors='replace')[-6000:]}", flush=True)
+    text = one.log.read_text(errors="replace").replace("\r", "\n")
+    printed = "\n".join(line for line in text.splitlines() if line.strip() and "%|" not in line)  # no progress bars
+    print(f"\n$ {' '.join(one.command[1:])}\n{printed[-6000:]}", flush=True)
     name, result = f"{one.script}, {one.decoder}", one.result()
     if result is None:
-        lines = [line for line in one.log.read_text(errors="replace").splitlines() if line.strip()]
-        row(name, "did not come to its end", note=(lines or [""])[-1][-200:])
+        row(name, "did not come to its end", note=printed.rpartition("\n")[2][-200:])
         return
     budget = "a few steps" if options.quick else f"{seconds:.0f} s of training, four runs at once"
     for steps, scores in result["test"].items():
