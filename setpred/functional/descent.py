@@ -8,7 +8,7 @@ sample's steps never depend on the samples beside it.
 from __future__ import annotations  # torch.compile cannot evaluate the annotations of nested functions
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
@@ -108,6 +108,10 @@ def _depends_on_others(value: Tensor, leaves: _Tensors) -> bool:
                 seen.add(node)
                 nodes.append(node)
     return False
+
+
+def _constant(parts: Iterable[Tensor]) -> _Tensors:
+    return tuple(part.detach() for part in parts)
 
 
 def _by_func(total: Callable[[_Tensors], tuple[Tensor, Tensor]], y: _Tensors) -> tuple[_Tensors, Tensor]:
@@ -270,7 +274,9 @@ def descend(
         return new, velocity
 
     y, velocity = unpacked(init), None
-    points, losses, norms = [y], [], []
+    points: list[_Tensors] = [y]
+    losses: list[Tensor] = []
+    norms: list[Tensor] = []
     look = not torch.compiler.is_compiling() and not in_transform()  # at values
 
     def keep(y: _Tensors, loss: Tensor, norm: Tensor) -> None:
@@ -299,10 +305,11 @@ def descend(
     if differentiate == "unrolled" or not torch.is_grad_enabled():
         y, _ = run(y, steps)
     else:
-        y = tuple(part.detach() for part in y)
+        y = _constant(y)
         points = [y]
         with torch.no_grad():
             y, velocity = run(y, steps - 1)
+        y = _constant(y)  # forward-mode differentiation sees through no_grad
         at = gradient_at(y)
         residual = tuple(-g for g in at.grad)
         if project is not None:
@@ -310,9 +317,10 @@ def descend(
             residual = tuple(f - part for f, part in zip(forward, y, strict=True))
         with torch.no_grad():
             y, _ = advanced(y, velocity, at)
-            keep(y, at.loss.detach(), at.norm.detach())
+            keep(y, at.loss, at.norm)
+        points, losses, norms = [_constant(point) for point in points], list(_constant(losses)), list(_constant(norms))
         # The value is y, the derivative that of the residual.
-        y = tuple(part + (r - r.detach()) for part, r in zip(y, residual, strict=True))
+        y = tuple(part + (r - r.detach()) for part, r in zip(_constant(y), residual, strict=True))
 
     if not record:
         return Descent(packed(y), None, None, None)
