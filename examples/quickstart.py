@@ -184,8 +184,9 @@ def side_by_side(runs: Sequence[Run]) -> dict[Run, Result]:
     context = multiprocessing.get_context("spawn")
     workers = min(os.cpu_count() or 1, len(runs))
     with ProcessPoolExecutor(workers, context, initializer=start_process, initargs=(context.RLock(),)) as pool:
+        futures = {run: pool.submit(perform, run, bar_position=i) for i, run in enumerate(runs)}
         try:
-            return dict(zip(runs, pool.map(perform, runs, range(len(runs))), strict=True))
+            return {run: future.result() for run, future in futures.items()}
         except KeyboardInterrupt:
             for process in multiprocessing.active_children():
                 process.terminate()

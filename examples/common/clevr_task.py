@@ -167,7 +167,7 @@ class ClevrExperiment:
             for split in () if rendered else needed:
                 find_scenes(options.data, split)
         except OSError as error:
-            raise SystemExit(f"--data: {error}") from None
+            raise SystemExit(f"--data: {str(error).removeprefix('root: ')}") from None
         try:
             cache_directory(options.cache).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -214,7 +214,7 @@ class ClevrExperiment:
                 clip_boxes=self.target == "boxes" and options.clip_boxes,
             )
         except (OSError, ValueError) as error:
-            raise SystemExit(f"--data: {error}") from None
+            raise SystemExit(f"--data: {str(error).removeprefix('root: ')}") from None
         return _View(data, self.target)
 
     def build(self, options: argparse.Namespace) -> tuple[SetPredictor, Loss]:
