@@ -7,11 +7,11 @@ import hypothesis
 import pytest
 import torch
 
+from tests.devices import ON_EVERY_DEVICE
+
 # The tensors are tiny: more threads only wait for each other, ten times as long where the machine is busy.
 torch.set_num_threads(1)
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # cuDNN's LSTM would round its products to ten bits
-
-ON_EVERY_DEVICE = ("functional", "encoders", "decoders", "losses", "metrics")  # the folders of these
 
 hypothesis.settings.register_profile("setpred", deadline=None, max_examples=50)
 hypothesis.settings.register_profile("cuda", deadline=None, max_examples=10)  # oracles wait for it at every number

@@ -4,6 +4,8 @@ from functools import partial
 
 import torch
 
+ON_EVERY_DEVICE = ("functional", "encoders", "decoders", "losses", "metrics")  # folders
+
 
 def here() -> torch.device:
     """Say where this test runs."""

@@ -30,8 +30,18 @@ from setpred import (
 )
 from setpred.functional import argsort_descending
 from tests import oracles
-from tests.benchmarks.test_losses import chamfer_by_broadcasting, huber_by_broadcasting, seconds
-from tests.benchmarks.test_steps import BATCH, Clevr, ClevrPooled, Function, Mnist, infer, products
+from tests.benchmarks.work import (
+    BATCH,
+    Clevr,
+    ClevrPooled,
+    Function,
+    Mnist,
+    chamfer_by_broadcasting,
+    huber_by_broadcasting,
+    infer,
+    products,
+    seconds,
+)
 
 # (name, ours, name of the reference, reference)
 Row = tuple[str, Function, str, Function]
@@ -109,7 +119,7 @@ def losses() -> Iterator[Row]:
 
     def by_loop() -> None:
         cost = huber_by_broadcasting(both, other)
-        for matrix in cost.detach().numpy():
+        for matrix in cost.detach().cpu().numpy():
             linear_sum_assignment(matrix)
         cost.mean().backward()
 
@@ -235,19 +245,27 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
 
 
 def machine() -> dict[str, Any]:
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+    gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}
     return {
+        **gpu,
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _commit() -> str:
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def main() -> None:
@@ -256,7 +274,9 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="write the picture of how time grows with batch, set size and steps")
     parser.add_argument("--only", default="", help="measure only rows with this text in their title")
     parser.add_argument("--seconds", type=float, default=10, help="about how long to measure a row")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
     arguments = parser.parse_args()
+    torch.set_default_device(arguments.device)
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count() or 1)
     result: dict[str, Any] = {"machine": machine()}

@@ -23,8 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from setpred import HungarianLoss
 from tests.benchmarks.__main__ import machine
-from tests.benchmarks.test_losses import seconds
-from tests.benchmarks.test_steps import BATCH, Clevr, Function, Mnist, infer
+from tests.benchmarks.work import BATCH, Clevr, Function, Mnist, infer, seconds
 
 
 class Published:

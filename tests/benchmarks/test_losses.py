@@ -5,23 +5,20 @@ Ratios are medians over rounds in which both sides run one after the other, so t
 
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial import cKDTree
-from torch import Tensor
 
 from setpred.functional import assignment
 from setpred.functional.assignment import linear_assignment
 from setpred.functional.nearest import nearest_neighbours
 from setpred.losses.chamfer import chamfer_loss
 from setpred.losses.hungarian import hungarian_loss
-
-Function = Callable[[], object]
+from tests.benchmarks.work import Function, chamfer_by_broadcasting, huber_by_broadcasting, seconds
 
 
 @pytest.fixture(autouse=True, params=[1, 2])
@@ -30,12 +27,6 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
-
-
-def seconds(function: Function) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def compare(title: str, ours: Function, *others: Function, rounds: int) -> float:
@@ -52,16 +43,6 @@ def compare(title: str, ours: Function, *others: Function, rounds: int) -> float
         f"ratio {middle:.2f} (10 % to 90 %: {low:.2f} to {high:.2f}, {rounds} rounds)"
     )
     return float(middle)
-
-
-def huber_by_broadcasting(pred: Tensor, target: Tensor) -> Tensor:
-    x, y = torch.broadcast_tensors(pred.unsqueeze(-2), target.unsqueeze(-3))
-    return torch.nn.functional.smooth_l1_loss(x, y, reduction="none").mean(-1)
-
-
-def chamfer_by_broadcasting(pred: Tensor, target: Tensor) -> Tensor:
-    cost = huber_by_broadcasting(pred, target)
-    return (cost.min(-1).values.mean(-1) + cost.min(-2).values.mean(-1)).mean()
 
 
 def test_hungarian_beside_the_bare_loop() -> None:
@@ -109,7 +90,7 @@ def test_chamfer_beside_broadcasting() -> None:
 PEAK = """
 import sys, torch
 from setpred.losses.chamfer import chamfer_loss
-from tests.benchmarks.test_losses import chamfer_by_broadcasting as literal
+from tests.benchmarks.work import chamfer_by_broadcasting as literal
 torch.set_num_threads(1)
 def ours(pred, target):
     return chamfer_loss(pred, target, presence="none")
