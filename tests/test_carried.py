@@ -103,7 +103,7 @@ def charge(loss: nn.Module) -> Tensor:
 
 def charge_prediction(loss: nn.Module) -> Tensor:
     elements, mask, z, target = inputs((B, N, C), (B, N), (B, D), (B, N, C))
-    return loss(SetPrediction(elements, mask), target, mask > 0.5, z)
+    return loss(SetPrediction(elements, mask), target, mask > 0.5, z=z)
 
 
 def compare_vectors(loss: nn.Module) -> Tensor:

@@ -243,7 +243,7 @@ def of_modules() -> Iterator[tuple[str, Case]]:
     decoder = DECODERS["DSPNDecoder"]()
     yield "DSPNDecoder:init", Case(lambda z, y, m: decoder(z, init=(y, m)), (z, target, mask))
     loss = DSPNLoss(decoder.encoder, HungarianLoss())
-    yield "DSPNLoss", Case(lambda z, y, m: loss(decoder(z), y, m, z), (z, target, hard))
+    yield "DSPNLoss", Case(lambda z, y, m: loss(decoder(z), y, m, z=z), (z, target, hard))
 
 
 torch.manual_seed(0)

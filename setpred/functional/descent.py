@@ -13,6 +13,7 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from setpred._checks import (
     check_at_least,
@@ -74,7 +75,12 @@ def _gradient(objective: Callable[[_Tensors], Tensor], y: _Tensors) -> _Gradient
 
     # torch.autograd.grad is faster, and takes whatever can be differentiated; torch.func.grad works where it does not.
     outer = torch.is_grad_enabled()
-    if torch.compiler.is_dynamo_compiling() or torch.is_inference_mode_enabled() or in_transform():
+    if (
+        torch.compiler.is_dynamo_compiling()
+        or torch.is_inference_mode_enabled()
+        or in_transform()
+        or _in_forward_mode(y)
+    ):
         # Before PyTorch 2.12, torch.func.grad gives zeros in inference mode. Leaving it turns grad mode on.
         with torch.inference_mode(False), torch.set_grad_enabled(outer):
             return _with_norm(*_by_func(total, y))
@@ -94,6 +100,11 @@ _NO_GRADIENT = (
     "`objective(y)` must be differentiable with respect to y, got a value that no gradient leads to y from: is a part "
     "of it computed under torch.no_grad(), or detached? To keep parameters as they are, use requires_grad_(False)"
 )
+
+
+def _in_forward_mode(y: _Tensors) -> bool:
+    """Whether y carries tangents of `torch.autograd.forward_ad`, which detach() would drop."""
+    return any(unpack_dual(part).tangent is not None for part in y)  # type: ignore[no-untyped-call]
 
 
 def _depends_on_others(value: Tensor, leaves: _Tensors) -> bool:
@@ -139,6 +150,13 @@ def _with_norm(grad: _Tensors, loss: Tensor) -> _Gradient:
     positive = square > 0
     norm = torch.where(positive, square, 1).sqrt() * positive
     return _Gradient(grad, loss, norm)
+
+
+def outside_inference(x: Tensor) -> Tensor:
+    """A tensor that autograd takes, in place of one that was made in inference mode, outside of which we are."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not x.is_inference():
+        return x
+    return x.clone()
 
 
 def _check_init(init: Tensor | _Tensors) -> None:
@@ -247,6 +265,7 @@ def descend(
         return (y,) if isinstance(y, Tensor) else tuple(y)
 
     _check_init(init)
+    init = packed(tuple(outside_inference(part) for part in unpacked(init)))
 
     def gradient_at(y: _Tensors) -> _Gradient:
         return _gradient(lambda y: objective(packed(y)), y)
