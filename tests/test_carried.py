@@ -194,7 +194,7 @@ def things() -> Iterator[tuple[str, Case]]:
     )
     yield "Trajectory", Case(trajectory)
     yield "Transport", Case(entropic_transport(elements, mask.softmax(1), more[0, :, 0].softmax(1)))
-    yield "Descent", Case(descend(half_square, elements[:, 0], steps=2, lr=0.1, record=True))
+    yield "Descent", Case(descend(half_square, elements[:, 0], steps=2, lr=0.1, record=True), tuple)
 
     for module in (setpred, functional, metrics):
         for name in module.__all__:

@@ -184,7 +184,7 @@ def of_functions() -> Iterator[tuple[str, Case]]:
             differentiate=differentiate,
             record=True,
         )
-        return result if differentiate == "unrolled" else result.value
+        return tuple(result) if differentiate == "unrolled" else result.value
 
     yield "descend", Case(descent, (normal(B, D), normal(B, D)))
     yield "descend:implicit", Case(lambda y, t: descent(y, t, "implicit"), (normal(B, D), normal(B, D)))
