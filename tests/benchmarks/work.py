@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -16,11 +17,13 @@ class Clevr:
     """CLEVR state: sets of 10 x 18, relation encoder of 512, Hungarian loss on the last set + representation loss."""
 
     make_encoder: type[RelationEncoder | PooledEncoder] = RelationEncoder
-    batch, size, channels, width, latent = BATCH, 10, 18, 512, 512
+    batch, size, channels, width, latent, iters = BATCH, 10, 18, 512, 512, 10
 
     def __init__(self, differentiate: str) -> None:
         encoder = self.make_encoder(self.channels, self.latent, self.width)
-        self.decoder = DSPNDecoder(encoder, set_size=self.size, channels=self.channels, differentiate=differentiate)
+        self.decoder = DSPNDecoder(
+            encoder, self.iters, set_size=self.size, channels=self.channels, differentiate=differentiate
+        )
         self.loss = DSPNLoss(encoder, HungarianLoss(), steps="last")
         self.z = torch.randn(self.batch, self.latent, requires_grad=True)
         self.mask = torch.rand(self.batch, self.size) < 0.7
@@ -42,11 +45,13 @@ class ClevrPooled(Clevr):
 class Mnist:
     """MNIST: sets of 342 x 2, three layers of 256 to 64, Chamfer loss over all steps (implicit: over the last)."""
 
-    batch, size, channels, width, latent = BATCH, 342, 2, 256, 64
+    batch, size, channels, width, latent, iters = BATCH, 342, 2, 256, 64, 10
 
     def __init__(self, differentiate: str) -> None:
         encoder = PooledEncoder(self.channels, self.latent, self.width)
-        self.decoder = DSPNDecoder(encoder, set_size=self.size, channels=self.channels, differentiate=differentiate)
+        self.decoder = DSPNDecoder(
+            encoder, self.iters, set_size=self.size, channels=self.channels, differentiate=differentiate
+        )
         self.loss = DSPNLoss(encoder, ChamferLoss(), steps="all" if differentiate == "unrolled" else "last")
         self.mask = torch.rand(self.batch, self.size) < 0.4
         self.target = torch.rand(self.batch, self.size, self.channels) * self.mask.unsqueeze(-1)
@@ -58,9 +63,9 @@ class Mnist:
         self.loss(self.decoder(z), self.target, self.mask).backward()
 
 
-def infer(work: Clevr | Mnist) -> Function:
+def infer(work: Clevr | Mnist, mode: Callable[[], AbstractContextManager[object]] = torch.inference_mode) -> Function:
     def run() -> None:
-        with torch.inference_mode():
+        with mode():
             work.decoder.eval()(work.z)
 
     return run
@@ -97,8 +102,8 @@ def products(work: str, inner: int, double: int, encodings: int) -> Function:
 
 
 def wait() -> None:
-    """Let the default device finish what it was given."""
-    if torch.get_default_device().type == "cuda":
+    """Let the GPU finish what it was given, if one is in use."""
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 

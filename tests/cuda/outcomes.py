@@ -1,7 +1,7 @@
 """A pytest plugin: every outcome goes into a file at once, and a GPU that no longer answers ends the process.
 
 After an assertion on the device, or an illegal access, every later call fails: the rest is for another process, which
-leaves out as many tests as have an outcome.
+leaves out as many tests as were begun.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cuda.part import DONE, FILE
+FILE, DONE = "SETPRED_OUTCOMES", "SETPRED_DONE"  # environment variables
 
 LOST = ("device-side assert", "illegal memory access", "CUDA error: unspecified launch failure", "misaligned address")
 
@@ -30,13 +30,16 @@ class Outcomes:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Leave out what another process has done."""
         del items[: int(os.environ.get(DONE, "0"))]
-        self._write({"collected": len(items)})
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Write that a test begins: it may be the last thing that this process does."""
+        self._write({"test": nodeid, "outcome": "begun", "text": ""})
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Write the outcome: of the call, or of what failed or was skipped before it."""
         if report.when == "call" or report.outcome != "passed":
             text = "" if report.passed else report.longreprtext
-            self._write({"test": report.nodeid, "outcome": report.outcome, "when": report.when, "text": text})
+            self._write({"test": report.nodeid, "outcome": report.outcome, "text": text})
             if report.failed and any(sign in text for sign in LOST) and self.session is not None:
                 self.session.shouldstop = "the GPU no longer answers"
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 
 ROOT = Path(__file__).parents[2]
-FILE, DONE = "SETPRED_OUTCOMES", "SETPRED_DONE"  # environment variables, for `outcomes.py`
 MARK = "ROW "  # a line of a part's output that begins so is a row; all others are its log
 
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tests.cuda.part import DONE, FILE, ROOT, Options, main, row
+from tests.cuda.part import ROOT, Options, main, row
 from tests.devices import ON_EVERY_DEVICE
 
 FEW = ("tests/functional/test_argsort.py", "tests/losses/test_representation.py")
@@ -27,6 +27,8 @@ class Shard:
         self.start()
 
     def start(self) -> None:
+        from tests.cuda.outcomes import DONE, FILE  # it imports pytest, which may be missing
+
         self.starts += 1
         done = len(self.outcomes())
         tests = FEW if self.options.quick else [f"tests/{folder}" for folder in ON_EVERY_DEVICE]
@@ -42,8 +44,12 @@ class Shard:
         )
 
     def outcomes(self) -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
-        return [line for line in lines if "test" in line]
+        """Of every test that was begun, the last that was written of it; a failure is not made up for."""
+        tests: dict[str, dict[str, Any]] = {}
+        for line in map(json.loads, self.file.read_text().splitlines() if self.file.exists() else ()):
+            if tests.get(line["test"], line)["outcome"] != "failed":
+                tests[line["test"]] = line
+        return list(tests.values())
 
     def is_done(self) -> bool:
         """Whether its process has ended with every test done; starts another one where it broke off."""
@@ -86,7 +92,13 @@ def report(options: Options, shards: list[Shard], seconds: float) -> None:
     unfinished = [shard for shard in shards if shard.process.poll() is None]
     for shard in unfinished:
         shard.process.kill()
-    outcomes = [outcome for shard in shards for outcome in shard.outcomes()]
+    outcomes = []
+    for shard in shards:
+        for outcome in shard.outcomes():
+            if outcome["outcome"] != "begun":
+                outcomes.append(outcome)
+            elif shard not in unfinished:
+                outcomes.append(outcome | {"outcome": "failed", "text": "E   the process ended in it"})
     counts = {kind: sum(o["outcome"] == kind for o in outcomes) for kind in ("passed", "failed", "skipped")}
     text = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     note = f"{len(shards)} processes, {seconds:.0f} s"
