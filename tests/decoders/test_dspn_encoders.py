@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from setpred import DSPNDecoder, FSPool, PooledEncoder, SetEncoder
 from tests import devices
+from tests.custom import Square
 
 N, C, D = 4, 2, 8
 BOTH_DERIVATIVES = pytest.mark.parametrize("differentiate", ["unrolled", "implicit"])
@@ -83,19 +84,6 @@ def check_trains(decoder: DSPNDecoder, z: Tensor) -> None:
             assert parameter.grad.isfinite().all(), name
     assert decoder.encoder.linear.weight.grad.any()
     assert z.grad.any()
-
-
-class Square(torch.autograd.Function):
-    """Of the form that custom kernels have."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * grad
 
 
 class CustomFunction(nn.Module):
