@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 if missing := [name for name in ("matplotlib", "setpred", "sklearn", "torch", "tqdm") if find_spec(name) is None]:
     raise SystemExit(f'not installed: {", ".join(missing)}; in a checkout of setpred: pip install -e ".[examples]"')
@@ -67,7 +67,9 @@ class Recipe(NamedTuple):
     decoder: Callable[[PooledEncoder, int], nn.Module]  # of the encoder and the size of the sets
     steps: int  # so that each decoder trains for about as long
     lr: float
-    loss_steps: str = "last"  # whether the loss is that of the prediction, or a mean over all inner steps
+    loss_steps: Literal["all", "last"] = (
+        "last"  # whether the loss is that of the prediction, or a mean over all inner steps
+    )
     evaluation: Mapping[str, Any] = MappingProxyType({})  # options of the decoder's forward
 
 

@@ -188,10 +188,9 @@ class ClevrExperiment:
         data = self._clevr(options, "train")
         kept = min(1000, max(len(data) // 10, 1))
         first = len(data) - kept
-        train, validation = range(first), range(first, len(data))
-        if options.quick:
-            train, validation = train[:FEW], validation[:FEW]
-        return Subset(data, train), Subset(data, validation)
+        parts = (range(first), range(first, len(data)))
+        train, validation = (Subset(data, part[:FEW] if options.quick else part) for part in parts)
+        return train, validation
 
     def test_data(self, options: argparse.Namespace) -> Dataset[Batch]:
         """Load CLEVR's "val" split, as published: the truth of its test split is not public. Or rendered scenes."""

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import setpred
 from common.arguments import plain
 from common.batches import Batch, Stream
-from common.checkpoint import MetricsFile, load, load_options, save, write_json
+from common.checkpoint import MetricsFile, load, load_origin, save, write_json
 from common.cli import Described, parse
 from common.curves import draw_curves
 from common.decoders import DESCENT, Loss, evaluation_work
@@ -196,7 +196,7 @@ def _claim(options: argparse.Namespace) -> None:
         raise SystemExit(f"--out: {error}") from None
     if options.evaluate is not None or options.resume or not (out / "last.pt").exists():
         return
-    if not load_options(out / "last.pt")["quick"]:
+    if not load_origin(out / "last.pt")[1]["quick"]:
         raise SystemExit(f"{out} holds a run already: go on with --resume, or give another --out")
     for name in ("last.pt", "best.pt", "metrics.jsonl", "result.json"):
         (out / name).unlink(missing_ok=True)

@@ -124,6 +124,12 @@ def test_file_that_is_no_checkpoint_is_a_clear_error(content, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_run_of_another_experiment_is_not_resumed(tmp_path):
+    checkpoint(EXPERIMENTS["mnist_sets"], tmp_path / "last.pt")
+    with pytest.raises(SystemExit, match=r"--resume: .* holds a run of mnist_sets, not clevr_boxes"):
+        parse(EXPERIMENTS["clevr_boxes"], ["--resume", "--out", str(tmp_path)])
+
+
 @each
 def test_quick_is_small_unless_told_otherwise(experiment):
     options, _ = parse(experiment, ["--quick"])

@@ -259,6 +259,10 @@ def test_quick_writes_over_quick_and_over_nothing_else(tmp_path):
     start(tmp_path / "real", "--steps", 2)
     with pytest.raises(SystemExit, match="holds a run already"):
         start(tmp_path / "real", "--quick")
+    with pytest.raises(SystemExit):
+        start(tmp_path / "quick", "--quick", experiment=Toy(interrupt_at(1)))
+    left = {path.name for path in (tmp_path / "quick").iterdir()}
+    assert left == {"last.pt", "config.json", "metrics.jsonl", "curves.png"}  # no result of another run
     start(tmp_path / "quick", "--steps", 2)  # a quick run holds nothing of worth
     with pytest.raises(SystemExit, match="holds a run already"):
         start(tmp_path / "quick", "--quick")

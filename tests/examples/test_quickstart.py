@@ -61,15 +61,25 @@ def test_mistakes_are_said_before_the_training(tmp_path, capsys, monkeypatch):
 
 def test_ctrl_c_is_one_line(tmp_path):
     command = [sys.executable, str(SCRIPT), "--out", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    errors = ""
-    while "loss=" not in errors:  # a training has begun
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    errors, begun = "", list(quickstart.RECIPES)[: os.cpu_count()]
+    while not all(f"{name:5} seed 0" in errors for name in begun):
         errors += process.stderr.read(1)
         assert process.poll() is None
-    os.kill(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # all processes get it, as from a terminal
     began = time.monotonic()
     output, rest = process.communicate(timeout=60)
     assert time.monotonic() - began < 20
     assert (process.returncode, output) == (1, "")
     assert rest.endswith("\ninterrupted\n")
     assert "Traceback" not in rest
+
+
+def test_ctrl_c_is_the_parents(monkeypatch):
+    """A process that waits for work would print a traceback."""
+    handlers = []
+    monkeypatch.setattr(quickstart.signal, "signal", lambda number, handler: handlers.append((number, handler)))
+    quickstart.start_process(quickstart.tqdm.get_lock())
+    assert handlers == [(signal.SIGINT, signal.SIG_IGN)]
