@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 if missing := [name for name in ("matplotlib", "setpred", "sklearn", "torch", "tqdm") if find_spec(name) is None]:
     raise SystemExit(f'not installed: {", ".join(missing)}; in a checkout of setpred: pip install -e ".[examples]"')
@@ -67,7 +67,9 @@ class Recipe(NamedTuple):
     decoder: Callable[[PooledEncoder, int], nn.Module]  # of the encoder and the size of the sets
     steps: int  # so that each decoder trains for about as long
     lr: float
-    loss_steps: str = "last"  # whether the loss is that of the prediction, or a mean over all inner steps
+    loss_steps: Literal["all", "last"] = (
+        "last"  # whether the loss is that of the prediction, or a mean over all inner steps
+    )
     evaluation: Mapping[str, Any] = MappingProxyType({})  # options of the decoder's forward
 
 
@@ -184,8 +186,9 @@ def side_by_side(runs: Sequence[Run]) -> dict[Run, Result]:
     context = multiprocessing.get_context("spawn")
     workers = min(os.cpu_count() or 1, len(runs))
     with ProcessPoolExecutor(workers, context, initializer=start_process, initargs=(context.RLock(),)) as pool:
+        futures = {run: pool.submit(perform, run, bar_position=i) for i, run in enumerate(runs)}
         try:
-            return dict(zip(runs, pool.map(perform, runs, range(len(runs))), strict=True))
+            return {run: future.result() for run, future in futures.items()}
         except KeyboardInterrupt:
             for process in multiprocessing.active_children():
                 process.terminate()

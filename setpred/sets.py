@@ -119,6 +119,7 @@ def unpad_sets(elements: Tensor, mask: Tensor, threshold: float = 0.5) -> list[T
     Raises:
         ValueError: If a shape is wrong, the mask is NaN somewhere, or the threshold is.
         TypeError: If a dtype is wrong.
+        RuntimeError: Under ``torch.func.vmap``, which has no shapes that depend on values.
 
     Example:
         >>> sets = [torch.ones(1, 2), torch.ones(3, 2)]

@@ -22,10 +22,10 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_options(path: Path) -> dict[str, Any]:
-    """Read the options of a checkpoint's run."""
-    options: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["options"]
-    return options
+def load_origin(path: Path) -> tuple[str, dict[str, Any]]:
+    """Read of a checkpoint only the experiment and the options of its run."""
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return state["experiment"], state["options"]
 
 
 def load_best(path: Path, experiment: str) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def _resized(files: list[Path], size: int, cache: Path) -> Path:
             pool = ProcessPoolExecutor(
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=signal.signal,
-                initargs=(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is for the program
+                initargs=(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is for this process
             )
             stack.callback(pool.shutdown, cancel_futures=True)
             images = pool.map(read, files, chunksize=32)

@@ -167,7 +167,7 @@ class ClevrExperiment:
             for split in () if rendered else needed:
                 find_scenes(options.data, split)
         except OSError as error:
-            raise SystemExit(f"--data: {error}") from None
+            raise SystemExit(f"--data: {str(error).removeprefix('root: ')}") from None
         try:
             cache_directory(options.cache).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -188,10 +188,9 @@ class ClevrExperiment:
         data = self._clevr(options, "train")
         kept = min(1000, max(len(data) // 10, 1))
         first = len(data) - kept
-        train, validation = range(first), range(first, len(data))
-        if options.quick:
-            train, validation = train[:FEW], validation[:FEW]
-        return Subset(data, train), Subset(data, validation)
+        parts = (range(first), range(first, len(data)))
+        train, validation = (Subset(data, part[:FEW] if options.quick else part) for part in parts)
+        return train, validation
 
     def test_data(self, options: argparse.Namespace) -> Dataset[Batch]:
         """Load CLEVR's "val" split, as published: the truth of its test split is not public. Or rendered scenes."""
@@ -214,7 +213,7 @@ class ClevrExperiment:
                 clip_boxes=self.target == "boxes" and options.clip_boxes,
             )
         except (OSError, ValueError) as error:
-            raise SystemExit(f"--data: {error}") from None
+            raise SystemExit(f"--data: {str(error).removeprefix('root: ')}") from None
         return _View(data, self.target)
 
     def build(self, options: argparse.Namespace) -> tuple[SetPredictor, Loss]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.arguments import changes, count, flags, fraction, not_negative, parse_given, positive, seed, whole
-from common.checkpoint import load_best, load_options
+from common.checkpoint import load_best, load_origin
 from common.decoders import DESCENT, add_decoder_arguments
 
 BUDGET = ("epochs", "steps", "seconds")
@@ -190,7 +190,9 @@ def parse(experiment: Described, arguments: Sequence[str] | None) -> tuple[argpa
         parser.set_defaults(**QUICK, **experiment.quick)
     options = _complete(experiment, parser.parse_args(arguments), given)
     if "resume" in given and (options.out / "last.pt").exists():
-        before = load_options(options.out / "last.pt")
+        name, before = load_origin(options.out / "last.pt")
+        if name != experiment.name:
+            raise SystemExit(f"--resume: {options.out} holds a run of {name}, not {experiment.name}")
         _inherit(parser, before, but=CARRIED_OUT)
         options = _complete(experiment, parser.parse_args(arguments), given)
         fixed = {name: getattr(options, name) for name in given if name not in (*CARRIED_OUT, *BUDGET)}

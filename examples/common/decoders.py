@@ -79,6 +79,15 @@ def make_decoder(
     return DSPNDecoder.idspn(encoder, set_size=set_size, channels=channels, **changes)
 
 
+def evaluation_work(options: argparse.Namespace, decoder: nn.Module) -> float:
+    """Estimate the work of evaluating a sample, as a multiple of the work of training on it once.
+
+    Two thirds of training are the backward pass, but for implicit differentiation, which has one for all inner steps.
+    """
+    forward = 1.0 if options.decoder == "idspn" else 1 / 3
+    return forward * max(options.eval_steps) / decoder.iters if options.decoder in DESCENT else forward
+
+
 def make_loss(options: argparse.Namespace, encoder: nn.Module, set_loss: SetLoss, *, repr_weight: float) -> Loss:
     """Make the outer loss: DSPN's is over all inner steps, with the representation term; the others' is of the result.
 

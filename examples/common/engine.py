@@ -10,6 +10,7 @@ Devices, processes and data sharding are `accelerate`'s. A run lives in one dire
 
 import argparse
 import math
+import os
 import platform
 import signal
 import sys
@@ -29,10 +30,10 @@ from tqdm import tqdm
 import setpred
 from common.arguments import plain
 from common.batches import Batch, Stream
-from common.checkpoint import MetricsFile, load, load_options, save, write_json
+from common.checkpoint import MetricsFile, load, load_origin, save, write_json
 from common.cli import Described, parse
 from common.curves import draw_curves
-from common.decoders import DESCENT, Loss
+from common.decoders import DESCENT, Loss, evaluation_work
 from common.models import SetPredictor
 from common.persistent import PersistentDescents
 
@@ -107,12 +108,13 @@ class _Interrupts:
     """Ctrl-C and termination ask the loop to save and leave after the step; a second Ctrl-C leaves at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked, self.process = False, os.getpid()
         self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+        if os.getpid() == self.process:  # not one that loads data
+            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def restore(self) -> None:
@@ -123,9 +125,9 @@ class _Interrupts:
 class Validations:
     """When to validate: at even parts of the budget.
 
-    If their number was not given, a part passes without one where they would be more than a share of the training's
-    work by then; the last one never does. Work is counted, not timed, so that a resumed run validates as an undisturbed
-    one does.
+    If their number was not given, a part passes without one where they would come to more than a share of the
+    training's work by then; the last one never does. Work is counted, not timed, so that a resumed run validates where
+    an undisturbed one does.
     """
 
     def __init__(self, number: int | None, cost: float, done: int) -> None:
@@ -194,7 +196,7 @@ def _claim(options: argparse.Namespace) -> None:
         raise SystemExit(f"--out: {error}") from None
     if options.evaluate is not None or options.resume or not (out / "last.pt").exists():
         return
-    if not load_options(out / "last.pt")["quick"]:
+    if not load_origin(out / "last.pt")[1]["quick"]:
         raise SystemExit(f"{out} holds a run already: go on with --resume, or give another --out")
     for name in ("last.pt", "best.pt", "metrics.jsonl", "result.json"):
         (out / name).unlink(missing_ok=True)
@@ -235,6 +237,8 @@ def _train(
         state |= {name: checkpoint[name] for name in state if name != "options"}
         if main and state["best"] is not None and state["best"]["step"] == state["step"]:
             _save_best(state, model, out)  # the kill may have come between the two files
+    elif options.resume:
+        accelerator.print(f"nothing to resume in {out}: this is a new run")
     metrics = MetricsFile(out / "metrics.jsonl")
     if main:
         write_json(out / "config.json", _config(experiment, options, accelerator, model))
@@ -258,8 +262,8 @@ def _train(
     clock = time.process_time if on_one_thread else time.perf_counter
     if options.validate_on is not None:
         validation = Subset(validation, range(min(options.validate_on, len(validation))))
-    work = model.evaluation_work(options.eval_steps) * len(validation)
-    cost = work / (options.batch_size * accelerator.num_processes)  # in training steps
+    samples_a_step = options.batch_size * accelerator.num_processes
+    cost = evaluation_work(options, model.decoder) * len(validation) / samples_a_step  # in training steps
     validations = Validations(options.validations, cost, state["validations"])
     validations.begin(progress(state["step"], state["seconds"]))
     validation = accelerator.prepare(_make_loader(validation, options, accelerator, training=False))

@@ -38,11 +38,6 @@ class SetPredictor(nn.Module):
             vars(self.decoder).update(own)
         return {t: (trajectory.elements[t], trajectory.mask[t]) for t in steps}
 
-    def evaluation_work(self, steps: Sequence[int]) -> float:
-        """Work of evaluating a sample, in training steps on a sample, or less: one has a backward pass too."""
-        iters = getattr(self.decoder, "iters", None)
-        return 1.0 if iters is None else max(steps) / iters
-
     def count_parameters(self) -> int:
         """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)

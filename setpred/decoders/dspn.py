@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -23,8 +22,8 @@ from setpred._checks import (
     check_shape,
 )
 from setpred.encoders.base import SetEncoder, parameter_dtype
-from setpred.functional._recompute import uncompiled
-from setpred.functional.descent import Descent, descend
+from setpred.functional._recompute import check_versions, uncompiled
+from setpred.functional.descent import Descent, descend, outside_inference
 from setpred.losses.representation import KINDS, Kind, representation_loss
 from setpred.sets import SetPrediction, Trajectory
 
@@ -256,6 +255,7 @@ class DSPNDecoder(nn.Module):
             TypeError: If a dtype is wrong.
         """
         check_shape("z", z, "B", "D")
+        z = outside_inference(z)
         if iters is not None:
             check_count("iters", iters)
         if record is None:
@@ -289,7 +289,7 @@ class DSPNDecoder(nn.Module):
         elements, mask = given if isinstance(given, tuple) else (given, None)
         check_shape("init elements", elements, *shape)
         check_mask("init mask", mask, shape[:2])
-        elements = elements.to(dtype or elements.dtype)
+        elements = outside_inference(elements.to(dtype or elements.dtype))
         if self.mask_clamp is None:
             if mask is not None:
                 raise ValueError("`init` must be elements alone when `mask_clamp` is None, got a mask too")
@@ -305,9 +305,7 @@ class DSPNDecoder(nn.Module):
         checkpoint = self.checkpoint and differentiable
         encode = self.encoder
         if checkpoint and isinstance(encode, nn.Module):
-            # With the tensors of now: outside of a functional_call, the backward pass would find the module's own.
-            state = dict(encode.named_parameters()) | dict(encode.named_buffers())
-            encode = partial(_call, encode, state)
+            encode = _AsNow(encode)
 
         def objective(y: tuple[Tensor, ...]) -> Tensor:
             elements, mask = y if len(y) == 2 else (y[0], None)
@@ -359,10 +357,26 @@ class DSPNDecoder(nn.Module):
         )
 
 
-def _call(encoder: nn.Module, state: dict[str, Tensor], elements: Tensor, mask: Tensor | None) -> Tensor:
-    """Call an encoder with tensors in the place of its own parameters and buffers."""
-    representation: Tensor = functional_call(encoder, state, (elements, mask))
-    return representation
+class _AsNow:
+    """An encoder with the parameters that it has now, also where the backward pass calls it again.
+
+    There, after a `torch.func.functional_call`, the module has its own again.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        self.encoder = encoder
+        self.parameters = dict(encoder.named_parameters())
+        self.buffers = dict(encoder.named_buffers())
+        self.versions: dict[Tensor, int] = {parameter: parameter._version for parameter in self.parameters.values()}
+
+    def __call__(self, elements: Tensor, mask: Tensor | None) -> Tensor:
+        check_versions(self.versions)  # of all, frozen ones too
+        vector: Tensor
+        if all(parameter is self.parameters.get(name) for name, parameter in self.encoder.named_parameters()):
+            vector = self.encoder(elements, mask)
+        else:
+            vector = functional_call(self.encoder, self.parameters | self.buffers, (elements, mask))
+        return vector
 
 
 def _refuses_func_grad(encoder: object) -> bool:

@@ -14,7 +14,8 @@ class LSTMDecoder(nn.Module):
 
     The vector, mapped to the cell's width, is the initial cell state; the hidden state and the inputs are zeros. Each
     step's hidden state is mapped to one element. A baseline, not a recommendation.
-    `torch.compile` does not trace an LSTM: it breaks the graph there, and refuses with ``fullgraph=True``.
+    `torch.compile` does not trace an LSTM: it breaks the graph there, and refuses with ``fullgraph=True``. Of the
+    transforms of `torch.func`, PyTorch's LSTM takes `grad` only.
 
     Args:
         in_channels: Size D of the vectors.
@@ -77,6 +78,7 @@ class LSTMDecoder(nn.Module):
         Raises:
             ValueError: If the shape is wrong.
             TypeError: If the dtype is not floating.
+            RuntimeError: Under ``torch.func.vmap`` and forward-mode differentiation.
         """
         check_shape("z", z, "B", self.in_channels)
         cell = self.cell(z).unsqueeze(0)

@@ -44,6 +44,10 @@ def parameter_dtype(encoder: object) -> torch.dtype | None:
     return None
 
 
+_LINEAR = nn.Linear.forward
+_PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
+
+
 def are_plain(*layers: nn.Module) -> bool:
     """Whether these layers do what `nn.Linear` does and no more, so that their products may be taken in another way.
 
@@ -59,8 +63,9 @@ def are_plain(*layers: nn.Module) -> bool:
         if (
             type(layer) is not nn.Linear
             or "forward" in layer.__dict__  # put in its place, as by accelerate
-            or type(layer.weight) not in (nn.Parameter, Tensor, FakeTensor)
-            or layer.bias is None
+            or nn.Linear.forward is not _LINEAR
+            or type(layer.weight) not in _PLAIN_TENSORS
+            or type(layer.bias) not in _PLAIN_TENSORS
         ):
             return False
         hooks += [layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks]

@@ -108,6 +108,7 @@ def matched_pairs(assignment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Raises:
         ValueError: If the shape is wrong.
+        RuntimeError: Under ``torch.func.vmap``, which has no shapes that depend on values.
 
     Example:
         >>> sample, row, column = matched_pairs(torch.tensor([[2, -1, 0], [-1, -1, 1]]))
@@ -295,7 +296,7 @@ def _call_solver(
 
 
 class _CallSolver(torch.autograd.Function):
-    """Gives a user's solver tensors that show their values, inside of torch.func's transforms too."""
+    """Gives a user's solver tensors that show their values, also inside of torch.func's transforms."""
 
     forward = staticmethod(_call_solver)
 

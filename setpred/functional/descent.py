@@ -8,11 +8,12 @@ sample's steps never depend on the samples beside it.
 from __future__ import annotations  # torch.compile cannot evaluate the annotations of nested functions
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from setpred._checks import (
     check_at_least,
@@ -74,7 +75,12 @@ def _gradient(objective: Callable[[_Tensors], Tensor], y: _Tensors) -> _Gradient
 
     # torch.autograd.grad is faster, and takes whatever can be differentiated; torch.func.grad works where it does not.
     outer = torch.is_grad_enabled()
-    if torch.compiler.is_dynamo_compiling() or torch.is_inference_mode_enabled() or in_transform():
+    if (
+        torch.compiler.is_dynamo_compiling()
+        or torch.is_inference_mode_enabled()
+        or in_transform()
+        or _in_forward_mode(y)
+    ):
         # Before PyTorch 2.12, torch.func.grad gives zeros in inference mode. Leaving it turns grad mode on.
         with torch.inference_mode(False), torch.set_grad_enabled(outer):
             return _with_norm(*_by_func(total, y))
@@ -96,6 +102,11 @@ _NO_GRADIENT = (
 )
 
 
+def _in_forward_mode(y: _Tensors) -> bool:
+    """Whether y carries tangents of `torch.autograd.forward_ad`, which detach() would drop."""
+    return any(unpack_dual(part).tangent is not None for part in y)  # type: ignore[no-untyped-call]
+
+
 def _depends_on_others(value: Tensor, leaves: _Tensors) -> bool:
     """Whether anything that requires a gradient, but for these leaves, has a part in a value."""
     nodes, seen = [value.grad_fn], set()
@@ -108,6 +119,10 @@ def _depends_on_others(value: Tensor, leaves: _Tensors) -> bool:
                 seen.add(node)
                 nodes.append(node)
     return False
+
+
+def _constant(parts: Iterable[Tensor]) -> _Tensors:
+    return tuple(part.detach() for part in parts)
 
 
 def _by_func(total: Callable[[_Tensors], tuple[Tensor, Tensor]], y: _Tensors) -> tuple[_Tensors, Tensor]:
@@ -135,6 +150,13 @@ def _with_norm(grad: _Tensors, loss: Tensor) -> _Gradient:
     positive = square > 0
     norm = torch.where(positive, square, 1).sqrt() * positive
     return _Gradient(grad, loss, norm)
+
+
+def outside_inference(x: Tensor) -> Tensor:
+    """A tensor that autograd takes, in place of one that was made in inference mode, outside of which we are."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not x.is_inference():
+        return x
+    return x.clone()
 
 
 def _check_init(init: Tensor | _Tensors) -> None:
@@ -243,6 +265,7 @@ def descend(
         return (y,) if isinstance(y, Tensor) else tuple(y)
 
     _check_init(init)
+    init = packed(tuple(outside_inference(part) for part in unpacked(init)))
 
     def gradient_at(y: _Tensors) -> _Gradient:
         return _gradient(lambda y: objective(packed(y)), y)
@@ -270,7 +293,9 @@ def descend(
         return new, velocity
 
     y, velocity = unpacked(init), None
-    points, losses, norms = [y], [], []
+    points: list[_Tensors] = [y]
+    losses: list[Tensor] = []
+    norms: list[Tensor] = []
     look = not torch.compiler.is_compiling() and not in_transform()  # at values
 
     def keep(y: _Tensors, loss: Tensor, norm: Tensor) -> None:
@@ -299,10 +324,11 @@ def descend(
     if differentiate == "unrolled" or not torch.is_grad_enabled():
         y, _ = run(y, steps)
     else:
-        y = tuple(part.detach() for part in y)
+        y = _constant(y)
         points = [y]
         with torch.no_grad():
             y, velocity = run(y, steps - 1)
+        y = _constant(y)  # forward-mode differentiation sees through no_grad
         at = gradient_at(y)
         residual = tuple(-g for g in at.grad)
         if project is not None:
@@ -310,9 +336,10 @@ def descend(
             residual = tuple(f - part for f, part in zip(forward, y, strict=True))
         with torch.no_grad():
             y, _ = advanced(y, velocity, at)
-            keep(y, at.loss.detach(), at.norm.detach())
+            keep(y, at.loss, at.norm)
+        points, losses, norms = [_constant(point) for point in points], list(_constant(losses)), list(_constant(norms))
         # The value is y, the derivative that of the residual.
-        y = tuple(part + (r - r.detach()) for part, r in zip(y, residual, strict=True))
+        y = tuple(part + (r - r.detach()) for part, r in zip(_constant(y), residual, strict=True))
 
     if not record:
         return Descent(packed(y), None, None, None)

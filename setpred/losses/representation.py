@@ -40,6 +40,7 @@ def representation_loss(
         TypeError: If a dtype is not floating.
 
     Example:
+        >>> import torch
         >>> representation_loss(torch.zeros(1, 2), torch.tensor([[1.0, 3.0]]))
         tensor(1.5000)
 
@@ -66,6 +67,7 @@ class RepresentationLoss(nn.Module):
         ValueError: If a choice is unknown.
 
     Example:
+        >>> import torch
         >>> RepresentationLoss("mse")(torch.zeros(1, 2), torch.tensor([[1.0, 3.0]]))
         tensor(2.5000)
 

@@ -363,6 +363,7 @@ class AveragePrecision:
         Raises:
             ValueError: If a shape is wrong, a score that counts is NaN, or a mask holds others than 0 and 1.
             TypeError: If a dtype is wrong.
+            RuntimeError: Inside of a transform of ``torch.func``, such as ``vmap``.
         """
         if in_transform():
             raise RuntimeError("`AveragePrecision` cannot run inside of torch.func's transforms: it keeps values")

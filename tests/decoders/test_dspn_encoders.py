@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from setpred import DSPNDecoder, FSPool, PooledEncoder, SetEncoder
 from tests import devices
+from tests.custom import Square
 
 N, C, D = 4, 2, 8
 BOTH_DERIVATIVES = pytest.mark.parametrize("differentiate", ["unrolled", "implicit"])
@@ -82,19 +84,6 @@ def check_trains(decoder: DSPNDecoder, z: Tensor) -> None:
             assert parameter.grad.isfinite().all(), name
     assert decoder.encoder.linear.weight.grad.any()
     assert z.grad.any()
-
-
-class Square(torch.autograd.Function):
-    """Of the form that custom kernels have."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * grad
 
 
 class CustomFunction(nn.Module):
@@ -274,7 +263,8 @@ def gradients_of(decoder: DSPNDecoder, z: Tensor, *, before_backward: Callable[[
     elements, mask, _ = decoder(z)
     total = elements.square().sum() + mask.sum()
     before_backward()
-    return torch.autograd.grad(total, list(decoder.parameters()), materialize_grads=True)
+    parameters = [p for p in decoder.parameters() if p.requires_grad]
+    return torch.autograd.grad(total, parameters, materialize_grads=True)
 
 
 @pytest.mark.parametrize("make_layer", [Norm, hooked, CustomFunction, Attention, FunctionalAttention, transformer])
@@ -307,8 +297,12 @@ def test_checkpoint_computes_with_the_parameters_of_functional_call(make_encoder
 class Switched(nn.Module):
     """Does the same operations in both modes, on other numbers."""
 
+    def __init__(self, size: float = 1.0) -> None:
+        super().__init__()
+        self.size = size
+
     def forward(self, rows: Tensor) -> Tensor:
-        return rows * (1.0 if self.training else 1.1)
+        return self.size * rows * (1.0 if self.training else 1.1)
 
 
 def test_checkpoint_refuses_what_is_not_computed_again_the_same() -> None:
@@ -321,10 +315,93 @@ def test_checkpoint_refuses_what_is_not_computed_again_the_same() -> None:
 
     with pytest.raises(RuntimeError, match="`checkpoint` needs parameters that stay as they are"):
         gradients_of(linear, z, before_backward=optimizer_step)
-    for layer in (Switched(), nn.Dropout(0.5), Norm()):
+    frozen = make_decoder(Encoder(nn.Linear(D, D).requires_grad_(False)), checkpoint=True)
+
+    def average() -> None:
+        with torch.no_grad():
+            frozen.encoder.layer.weight.mul_(1 + 1e-6)
+
+    with pytest.raises(RuntimeError, match="`checkpoint` needs parameters that stay as they are"):
+        gradients_of(frozen, z, before_backward=average)
+    for layer in (Switched(), Switched(1e-4), Switched(1e4), nn.Dropout(0.5), Norm()):
         decoder = make_decoder(Encoder(layer), checkpoint=True)
         with pytest.raises(RuntimeError, match="`checkpoint` needs an objective that does the same"):
             gradients_of(decoder, z, before_backward=decoder.eval)
+
+
+class Reassigning(nn.Module):
+    """Puts other tensors in the place of its buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return rows
+
+
+def test_checkpoint_calls_the_encoder_itself() -> None:
+    decoder, z = make_decoder(Encoder(Reassigning())), torch.randn(3, D)
+    expected = gradients_of(decoder, z)
+    assert decoder.encoder.layer.calls == 3
+    decoder.checkpoint = True
+    torch.testing.assert_close(gradients_of(decoder, z), expected)
+    assert decoder.encoder.layer.calls == 3 + 2 * 3  # as documented, twice
+
+
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
+def test_checkpoint_of_a_traced_encoder() -> None:
+    encoder, z = Encoder(nn.Linear(D, D)), torch.randn(3, D)
+    decoder = make_decoder(torch.jit.trace(encoder, (torch.rand(3, N, C), torch.rand(3, N))))
+    expected = gradients_of(decoder, z)
+    decoder.checkpoint = True
+    torch.testing.assert_close(gradients_of(decoder, z), expected)
+
+
+# Modes beside those of gradients
+
+
+@BOTH_DERIVATIVES
+@pytest.mark.parametrize("what", ["z", "init", "parameters"])
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")  # its own
+def test_forward_mode(differentiate: str, what: str) -> None:
+    """Of `torch.autograd.forward_ad`, against the backward pass, or against torch.func where that is no derivative."""
+    iters = 3 if differentiate == "unrolled" else 1
+    decoder = DSPNDecoder(
+        Encoder(nn.Linear(D, D)).double(), iters, 1.0, set_size=N, channels=C, dtype=torch.float64, momentum=0.5
+    )
+    z = torch.randn(3, D, dtype=torch.float64)
+    inputs = {"z": z, "init": torch.rand(3, N, C, dtype=torch.float64)}
+
+    def decode(value: Tensor) -> Tensor:
+        if what == "parameters":
+            state = {"encoder.linear.weight": value}
+            return functional_call(decoder, state, (z,), {"init": inputs["init"]}).elements
+        values = inputs | {what: value}
+        return decoder(values["z"], init=values["init"]).elements
+
+    value = decoder.encoder.linear.weight.detach() if what == "parameters" else inputs[what]
+    tangent = torch.randn_like(value)
+    with forward_ad.dual_level():
+        actual = forward_ad.unpack_dual(decode(forward_ad.make_dual(value, tangent))).tangent
+    jacobian = torch.autograd.functional.jacobian(decode, value)
+    expected = torch.tensordot(jacobian, tangent, tangent.dim())
+    if differentiate == "unrolled":
+        torch.testing.assert_close(actual, expected)
+    else:
+        actual = torch.zeros_like(expected) if actual is None else actual
+        torch.testing.assert_close(actual, torch.func.jvp(decode, (value,), (tangent,))[1])
+
+
+def test_inference_tensors_are_decoded_outside_of_inference_mode() -> None:
+    decoder = make_decoder(PooledEncoder(C, D, 16))
+    with torch.inference_mode():
+        z, init = torch.randn(3, D), (torch.rand(3, N, C), torch.rand(3, N))
+        expected = decoder(z, init=init)
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            torch.testing.assert_close(decoder(z, init=init).elements.detach(), expected.elements)
 
 
 # What no gradient leaves

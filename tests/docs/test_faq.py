@@ -22,7 +22,7 @@ from setpred import (
     pad_sets,
     unpad_sets,
 )
-from setpred.functional import assignment
+from setpred.functional import assignment, matched_pairs
 from setpred.metrics import average_precision
 
 # An entry of the FAQ's list: the message between backticks, then what to do.
@@ -111,6 +111,7 @@ CALLS: list[Callable[[], object]] = [
     lambda: FSPool(2, relaxed=1.0)(sets, mask),
     lambda: average_precision(rows, torch.full((8, 10), torch.nan), rows),
     lambda: average_precision(rows, torch.rand(8, 10), rows, pred_mask=torch.rand(8, 10)),
+    lambda: torch.func.vmap(matched_pairs)(torch.zeros(2, 3, 5, dtype=torch.long)),
     lambda: linear_assignment(torch.rand(1, 2, 2), solver="cuda"),
     lambda: train(lambda elements, mask: torch.cdist(elements, elements).sum(-1) * mask),
 ]

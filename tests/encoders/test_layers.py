@@ -102,6 +102,11 @@ def with_a_weight_of_its_own(layer: nn.Linear) -> nn.Module:
     return layer
 
 
+def with_a_bias_of_its_own(layer: nn.Linear) -> nn.Module:
+    layer.bias = nn.Parameter(layer.bias.detach().as_subclass(Wrapped))
+    return layer
+
+
 NOT_PLAIN = [
     as_subclass,
     Wrapper,
@@ -113,6 +118,7 @@ NOT_PLAIN = [
     parametrizations.weight_norm,
     pruned,
     with_a_weight_of_its_own,
+    with_a_bias_of_its_own,
     lambda layer: nn.Sequential(layer),
 ]
 IDS = [getattr(make, "__name__", "in a Sequential").replace("<lambda>", "in a Sequential") for make in NOT_PLAIN]
@@ -169,6 +175,14 @@ def test_a_hook_on_all_modules_sees_the_layers(cls: type[EncoderBase]) -> None:
     seen.clear()
     encoder(torch.rand(3, 4, 2))
     assert not seen
+
+
+@ENCODERS
+def test_a_forward_of_all_linear_layers_is_called(cls: type[EncoderBase], monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, calls, forward = cls(2, 5, 6), [], nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: calls.append(self) or forward(self, x))
+    encoder(torch.rand(3, 4, 2))
+    assert calls == layers(encoder)
 
 
 @ENCODERS

@@ -124,6 +124,12 @@ def test_file_that_is_no_checkpoint_is_a_clear_error(content, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_run_of_another_experiment_is_not_resumed(tmp_path):
+    checkpoint(EXPERIMENTS["mnist_sets"], tmp_path / "last.pt")
+    with pytest.raises(SystemExit, match=r"--resume: .* holds a run of mnist_sets, not clevr_boxes"):
+        parse(EXPERIMENTS["clevr_boxes"], ["--resume", "--out", str(tmp_path)])
+
+
 @each
 def test_quick_is_small_unless_told_otherwise(experiment):
     options, _ = parse(experiment, ["--quick"])
@@ -192,7 +198,7 @@ def test_clevr_directory_is_looked_at_before_anything_else(name, tmp_path):
     (data / "scenes/CLEVR_val_scenes.json").touch()
     evaluate = checkpoint(experiment, tmp_path / "best.pt")
     parse(experiment, [*evaluate, "--data", str(data)])  # only "val" is needed
-    with pytest.raises(SystemExit, match=r"--data: .*expected the directory images/train in "):
+    with pytest.raises(SystemExit, match=r"^--data: expected the directory images/train in "):
         parse(experiment, ["--data", str(data)])
     with pytest.raises(SystemExit, match=r"--data: .*expected the directory images/train in .*no such directory"):
         parse(experiment, ["--data", "nowhere"])

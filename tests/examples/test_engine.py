@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib")
 
 from common.batches import Batch, InMemory
 from common.checkpoint import MetricsFile, load, save
+from common.decoders import evaluation_work
 from common.engine import run
 from common.models import SetPredictor
 
@@ -258,6 +259,10 @@ def test_quick_writes_over_quick_and_over_nothing_else(tmp_path):
     start(tmp_path / "real", "--steps", 2)
     with pytest.raises(SystemExit, match="holds a run already"):
         start(tmp_path / "real", "--quick")
+    with pytest.raises(SystemExit):
+        start(tmp_path / "quick", "--quick", experiment=Toy(interrupt_at(1)))
+    left = {path.name for path in (tmp_path / "quick").iterdir()}
+    assert left == {"last.pt", "config.json", "metrics.jsonl", "curves.png"}  # no result of another run
     start(tmp_path / "quick", "--steps", 2)  # a quick run holds nothing of worth
     with pytest.raises(SystemExit, match="holds a run already"):
         start(tmp_path / "quick", "--quick")
@@ -272,10 +277,10 @@ def test_out_that_is_a_file_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("step", [24, 41])
 def test_validations_are_a_small_share_of_the_work(tmp_path, step):
-    """One costs two training steps, on 8 samples in batches of 4: ten of twenty times, a tenth is not yet reached."""
+    """One is 8 samples in batches of 4, without a backward pass: 2/3 of a step, and the k-th waits for 20/3 k steps."""
     start(tmp_path / "a", "--steps", 60)
     lines = [line for line in MetricsFile(tmp_path / "a/metrics.jsonl").read() if "validation" in line]
-    assert [line["step"] for line in lines] == [21, 42, 60]
+    assert [line["step"] for line in lines] == [9, 15, 21, 27, 36, 42, 48, 54, 60]
     with pytest.raises(SystemExit):
         start(tmp_path / "b", "--steps", 60, experiment=Toy(interrupt_at(step)))
     start(tmp_path / "b", "--steps", 60, "--resume")
@@ -290,9 +295,10 @@ def test_validations_are_a_small_share_of_the_work(tmp_path, step):
 
 
 def test_work_of_an_evaluation_is_counted_in_inner_steps():
-    assert SetPredictor(Source(), MLPDecoder(12, SIZE, CHANNELS, 4)).evaluation_work([10]) == 1
     decoder = DSPNDecoder(PooledEncoder(CHANNELS, 12), iters=10, set_size=SIZE, channels=CHANNELS)
-    assert SetPredictor(Source(), decoder).evaluation_work([10, 400]) == 40
+    for name, work in (("dspn", 40 / 3), ("idspn", 40), ("mlp", 1 / 3)):
+        options = types.SimpleNamespace(decoder=name, eval_steps=[10, 400])
+        assert evaluation_work(options, decoder) == pytest.approx(work)
 
 
 def test_ctrl_c_outside_of_the_training_is_one_line(tmp_path, capsys):

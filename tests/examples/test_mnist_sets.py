@@ -118,7 +118,7 @@ def test_real_digits_are_read():
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"text", struct.pack(">IIII", 2049, 1, 28, 28), struct.pack(">IIII", 2051, 3, 28, 28)]
+    "content", [b"", b"text", struct.pack(">IIII", 2049, 1, 28, 28) + bytes(784), struct.pack(">IIII", 2051, 3, 28, 28)]
 )
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_broken_files_are_a_clear_error(tmp_path, content, suffix):

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from setpred import functional
 from setpred.functional import Descent
 from tests import devices, oracles
+from tests.custom import Square
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 DOUBLE = {"dtype": torch.float64}
@@ -681,19 +682,6 @@ def test_a_result_requires_a_gradient_where_something_outside_does(
 
 
 # What cannot be differentiated
-
-
-class Square(torch.autograd.Function):
-    """Of the form that custom kernels have, which torch.func refuses."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * grad
 
 
 @BOTH_DERIVATIVES

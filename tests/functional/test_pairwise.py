@@ -123,6 +123,8 @@ def test_refuses_pairs_and_compositions() -> None:
 
 COMPOSED = [
     on_channels("l1", slice(0, 2), weight=5.0),
+    on_channels("l1", slice(0, 2)),
+    on_channels("l1", [0, 1]),
     on_channels(cross_entropy_cost, [4, -2]),
     sum_costs("mse", on_channels("huber", range(1, 3), weight=-1.0)),
     on_channels(sum_costs("l1", on_channels("mse", slice(None, None, 2))), np.array([0, 2, 3])),
