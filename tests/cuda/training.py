@@ -15,7 +15,8 @@ RUNS = (("clevr_boxes", "idspn"), ("clevr_boxes", "mlp"), ("clevr_state", "idspn
 PICTURES = {"clevr_boxes": "boxes", "clevr_state": "states"}
 LONGEST = 240  # seconds of training
 AROUND = 60  # seconds for what comes before it and after it: rendering, evaluation, pictures
-FEW = ["--quick", "--backbone", "small", "--size", "32", "--max-objects", "3", "--latent", "16", "--width", "16"]
+FEW = ["--quick", "--steps", "2", "--threads", "1", "--backbone", "small", "--size", "16", "--max-objects", "3"]
+FEW += ["--latent", "16", "--width", "16"]
 
 
 class Run:
