@@ -29,6 +29,8 @@ class Run:
             arguments += FEW + ["--eval-steps", 2] * (decoder == "idspn")
         else:
             arguments += ["--seconds", seconds, "--validations", 4, "--validate-on", 500]
+            # Compiling 20 inner steps would take a good part of the time; what it gives, part c says.
+            arguments += ["--no-compile"] * (decoder == "idspn")
         self.command = [sys.executable, str(ROOT / "examples" / f"{script}.py"), *map(str, arguments)]
         self.process = subprocess.Popen(
             self.command,

@@ -21,6 +21,7 @@ from setpred import (
     representation_loss,
 )
 from setpred.functional import entropic_transport, nearest_neighbours, paired_cost, pairwise_cost
+from tests import devices
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 B, N, M, C, D = 3, 5, 4, 2, 8
@@ -43,7 +44,7 @@ def promoted(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def cast(reduced: torch.dtype | None) -> torch.autocast:
-    return torch.autocast("cpu", dtype=reduced or torch.bfloat16, enabled=reduced is not None)
+    return devices.autocast(reduced or torch.bfloat16, enabled=reduced is not None)
 
 
 @every_loss

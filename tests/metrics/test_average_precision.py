@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from setpred.metrics import AveragePrecision, attribute_distance, average_precision, box_iou
-from tests import oracles
+from tests import devices, oracles
 from tests.processes import run_in_two_processes
 
 DOUBLE = {"dtype": torch.float64}
@@ -386,6 +386,7 @@ def test_processes(tmp_path: Path) -> None:
     ],
 )
 def test_refuses(error: type[Exception], message: str, change: dict[str, object]) -> None:
+    change = {name: x.to(devices.here()) if isinstance(x, Tensor) else x for name, x in change.items()}
     with pytest.raises(error, match=message):
         average_precision(
             **({"pred": torch.rand(2, 3, 4), "score": torch.rand(2, 3), "target": torch.rand(2, 5, 4)} | change)
