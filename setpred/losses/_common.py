@@ -79,8 +79,8 @@ def options_repr(module: nn.Module) -> str:
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Switch autocast off, so that a user's cost is not computed in half precision either."""
-    # Devices without it, such as meta, may not even be asked whether it is on.
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    # Meta has none, and may not even be asked; is_autocast_available() does not compile before PyTorch 2.12.
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

@@ -19,7 +19,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
         before = torch.cuda.memory_stats()["requested_bytes.all.current"]
         run()
         return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
-    with profile(profile_memory=True) as profiler:
+    with profile(profile_memory=True, acc_events=True) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     live, peak = 0, 0
