@@ -170,6 +170,8 @@ def from_images(options: Options, budget: float, baselines: Baselines) -> None:
 
 def _behind(options: Options, precision: str) -> str:
     pixels = QUICK_IMAGE if options.quick else IMAGE
+    if precision == "fp32" and options.device == "cuda":
+        precision += " (convolutions in TF32, as is PyTorch's default)"
     return f"training step behind {backbone(8, options.quick)[1]} in {precision} at {pixels} x {pixels}"
 
 

@@ -14,8 +14,9 @@ from tests.cuda.part import ROOT, Options, main, row
 RUNS = (("clevr_boxes", "idspn"), ("clevr_boxes", "mlp"), ("clevr_state", "idspn"), ("clevr_state", "mlp"))
 PICTURES = {"clevr_boxes": "boxes", "clevr_state": "states"}
 LONGEST = 240  # seconds of training
-AROUND = 60  # seconds for what comes before it and after it: rendering, evaluation, pictures
-FEW = ["--quick", "--backbone", "small", "--size", "32", "--max-objects", "3", "--latent", "16", "--width", "16"]
+AROUND = 80  # seconds for what comes before it and after it: rendering, evaluation, pictures
+FEW = ["--quick", "--steps", "2", "--threads", "1", "--backbone", "small", "--size", "16", "--max-objects", "3"]
+FEW += ["--latent", "16", "--width", "16"]
 
 
 class Run:
