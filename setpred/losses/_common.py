@@ -79,8 +79,7 @@ def options_repr(module: nn.Module) -> str:
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Switch autocast off, so that a user's cost is not computed in half precision either."""
-    # Devices without it, such as meta, may not even be asked whether it is on; before 2.12, Dynamo cannot ask whether
-    # they have it.
+    # A device without it, such as meta, may not even be asked; is_autocast_available() does not compile before 2.12.
     has = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
     if has and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
