@@ -67,9 +67,7 @@ class Recipe(NamedTuple):
     decoder: Callable[[PooledEncoder, int], nn.Module]  # of the encoder and the size of the sets
     steps: int  # so that each decoder trains for about as long
     lr: float
-    loss_steps: Literal["all", "last"] = (
-        "last"  # whether the loss is that of the prediction, or a mean over all inner steps
-    )
+    loss_steps: Literal["all", "last"] = "last"  # the inner steps that the loss is a mean over
     evaluation: Mapping[str, Any] = MappingProxyType({})  # options of the decoder's forward
 
 
