@@ -18,7 +18,8 @@ class Trajectory(NamedTuple):
     Attributes:
         elements: :math:`Y_0 \dots Y_T`, shape ``(T+1, B, N, C)``; step 0 is the initial set.
         mask: Presence at each step, shape ``(T+1, B, N)``.
-        repr_loss: Representation loss of each sample before each step, shape ``(T, B)``.
+        repr_loss: What each sample minimises, before each step: the representation loss, and the anchor's term where
+            there is one; shape ``(T, B)``.
         grad_norm: Euclidean norm of each sample's inner gradient before clipping, shape ``(T, B)``.
 
     Example:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from setpred._checks import check_choice, check_mask, check_tensor, explained, in_transform
 from setpred.functional._batching import in_front
+from setpred.functional._precision import common_dtype
 
 Solver = Literal["auto", "scipy", "cuda"] | Callable[[Tensor], Tensor]
 SOLVERS = ("auto", "scipy", "cuda")
@@ -78,7 +79,7 @@ def assign(
         raise ValueError(f"`cost` must have shape (B, N, M), got shape {tuple(cost.shape)}")
     check_mask("row_mask", row_mask, cost.shape[:-1])
     check_mask("col_mask", col_mask, (*cost.shape[:-2], cost.shape[-1]))
-    cost = cost.detach().to(torch.promote_types(cost.dtype, torch.float32))
+    cost = cost.detach().to(common_dtype(cost))
     row_mask, col_mask = (None if mask is None else mask.bool() for mask in (row_mask, col_mask))
     if callable(solver):
         call = _CallSolver.apply if in_transform() else _call_solver

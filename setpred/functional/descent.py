@@ -23,6 +23,7 @@ from setpred._checks import (
     check_tensor,
     in_transform,
 )
+from setpred.functional._precision import common_dtype
 from setpred.functional._recompute import Recompute
 
 Y = TypeVar("Y", Tensor, tuple[Tensor, ...])
@@ -141,10 +142,7 @@ def _by_func(total: Callable[[_Tensors], tuple[Tensor, Tensor]], y: _Tensors) ->
 
 def _with_norm(grad: _Tensors, loss: Tensor) -> _Gradient:
     # In float32 at least: squares leave the range of float16.
-    squares = [
-        part.unsqueeze(-1).flatten(1).to(torch.promote_types(part.dtype, torch.float32)).square().sum(1)
-        for part in grad
-    ]
+    squares = [part.unsqueeze(-1).flatten(1).to(common_dtype(part)).square().sum(1) for part in grad]
     square = torch.stack(squares).sum(0)
     # The root has no derivative at 0: a converged sample must not turn the outer gradient into NaN.
     positive = square > 0

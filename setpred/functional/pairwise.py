@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from setpred._checks import check_choice, check_finite, check_shape, in_transform
+from setpred.functional._precision import common_dtype
 
 PairwiseCost = Callable[[Tensor, Tensor], Tensor]
 Cost = Literal["huber", "mse", "l1"] | PairwiseCost
@@ -64,7 +65,7 @@ def _of_all_pairs(x: Tensor, y: Tensor, cost: str) -> Tensor:
 
 
 def _at_least_float32(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    dtype = common_dtype(x, y)
     return x.to(dtype), y.to(dtype)
 
 

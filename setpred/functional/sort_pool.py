@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from setpred._checks import check_mask, check_positive, check_shape, check_tensor, in_transform
+from setpred.functional._precision import common_dtype
 from setpred.functional.argsort import argsort_descending
 
 
@@ -54,7 +55,7 @@ def piecewise_linear(weight: Tensor, position: Tensor) -> Tensor:
 def _rank_weights(weight: Tensor, size: int, mask: Tensor | None) -> Tensor:
     """Weight of each rank, (C, B or 1, N), for element masks in rank order, (C or 1, B, N), or none."""
     # float32 at least: bfloat16 cannot count beyond 256.
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+    dtype = common_dtype(weight)
     if mask is None:
         position = torch.arange(size, device=weight.device, dtype=dtype) / max(size - 1, 1)
         return piecewise_linear(weight, position.view(1, 1, size))
@@ -69,7 +70,7 @@ def _neural_sort(values: Tensor, temperature: float, mask: Tensor | None) -> Ten
     size, dtype = values.shape[-1], values.dtype
     # In float32 at least, and the distances without a product that autocast would round: small differences of large
     # logits decide.
-    values = values.to(torch.promote_types(dtype, torch.float32))
+    values = values.to(common_dtype(values))
     present = torch.ones_like(values) if mask is None else mask.to(values.dtype).expand_as(values)
     rank = torch.arange(1, size + 1, device=values.device, dtype=values.dtype)
     scale = present.sum(-1, keepdim=True) + 1 - 2 * rank

@@ -86,13 +86,13 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def check_sees_mask(cost: object, channels: int) -> None:
+def check_sees_mask(cost: Cost, channels: int) -> None:
     """Raise if a composed cost leaves out the last of ``channels`` channels, the mask: no presence would be learned.
 
     What a callable of the user's own looks at cannot be known without a call on made-up sets.
     """
-    seen = channels_seen(cost, channels) if callable(cost) else None
-    if seen is not None and channels - 1 not in seen:
+    seen = channels_seen(cost, channels)
+    if channels - 1 not in seen:
         raise ValueError(
             "`cost` must see the mask with presence='feature', the last channel (-1), got one of channels "
             f"{sorted(seen)} of {channels}: add on_channels(..., [-1]), or take another presence"

@@ -19,6 +19,7 @@ from setpred._checks import (
     check_tensor,
     in_transform,
 )
+from setpred.functional._precision import common_dtype
 
 Rule = Callable[[Tensor, Tensor], Tensor]
 Matching = Literal["best", "best free", "best free, taken"]
@@ -28,7 +29,7 @@ AVERAGES = ("pooled", "sets")
 
 
 def _in_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(common_dtype(x))
 
 
 def box_iou(pred: Tensor, target: Tensor, *, pixel: float = 0.0) -> Tensor:
