@@ -8,7 +8,7 @@ A backbone gives a vector, a decoder makes a set of it, a loss compares it with 
 from setpred import functional, metrics
 from setpred.decoders import DSPNDecoder, LSTMDecoder, MLPDecoder
 from setpred.encoders import FSPool, FSUnpool, PooledEncoder, RelationEncoder, SetEncoder
-from setpred.functional import linear_assignment, on_channels, sum_costs
+from setpred.functional import GradientDescent, PolyakDescent, linear_assignment, on_channels, sum_costs
 from setpred.losses import (
     ChamferLoss,
     DSPNLoss,
@@ -35,6 +35,8 @@ __all__ = [
     "PooledEncoder",
     "RelationEncoder",
     "DSPNDecoder",
+    "GradientDescent",
+    "PolyakDescent",
     "MLPDecoder",
     "LSTMDecoder",
     "HungarianLoss",

@@ -124,8 +124,12 @@ def descend(
     grad_clip: float | None = None,
     project: Callable[[Tensor], Tensor] | None = None,
     tol: float | None = None,
+    polyak: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Descend one sample, a vector, every step with a graph; returns all points, objectives and gradient norms."""
+    """Descend one sample, a vector, every step with a graph; returns all points, objectives and gradient norms.
+
+    With `polyak`, `lr` is the largest step, of which the velocity is a part.
+    """
     if not y.requires_grad:
         y = y.clone().requires_grad_()
     velocity = torch.zeros_like(y)
@@ -139,9 +143,14 @@ def descend(
         if tol is None or loss > tol:
             if grad_clip is not None and norm > grad_clip:
                 gradient = gradient * grad_clip / norm
-            velocity = momentum * velocity + gradient
-            direction = gradient + momentum * velocity if nesterov else velocity
-            y = y - lr * direction
+            if polyak:
+                size = loss / norm**2 if norm > 0 and loss / norm**2 < lr else lr
+                velocity = momentum * velocity + size * gradient
+                y = y - (size * gradient + momentum * velocity)
+            else:
+                velocity = momentum * velocity + gradient
+                direction = gradient + momentum * velocity if nesterov else velocity
+                y = y - lr * direction
             if project is not None:
                 y = project(y)
         points.append(y)

@@ -21,9 +21,11 @@ from setpred import (
     DSPNLoss,
     FSPool,
     FSUnpool,
+    GradientDescent,
     HungarianLoss,
     LSTMDecoder,
     MLPDecoder,
+    PolyakDescent,
     PooledEncoder,
     RelationEncoder,
     RepresentationLoss,
@@ -36,7 +38,7 @@ from setpred import (
     on_channels,
     sum_costs,
 )
-from setpred.functional import cross_entropy_cost, descend, entropic_transport
+from setpred.functional import StepRule, cross_entropy_cost, descend, entropic_transport
 from setpred.metrics import AveragePrecision, attribute_distance
 
 B, N, C, D = 2, 5, 4, 6
@@ -125,6 +127,11 @@ def judge_more(metric: AveragePrecision, channels: int = 4) -> Tensor:
     return metric.compute()
 
 
+def steps_of(rule: StepRule) -> object:
+    (y,) = inputs((B, N))
+    return descend(lambda y: y.square().sum(1), y, steps=3, lr=rule, record=True)
+
+
 def things() -> Iterator[tuple[str, Case]]:
     for (name, encoder), pooling in product(
         {"PooledEncoder": PooledEncoder, "RelationEncoder": RelationEncoder}.items(),
@@ -134,17 +141,19 @@ def things() -> Iterator[tuple[str, Case]]:
     yield "FSPool", Case(FSPool(C, 7), pool)
     yield "FSPool:relaxed", Case(FSPool(C, relaxed=0.3), pool)
     yield "FSUnpool", Case(FSUnpool(C), unpool)
+    yield "GradientDescent", Case(GradientDescent(0.1, momentum=0.5, grad_clip=2.0), steps_of)
+    yield "PolyakDescent", Case(PolyakDescent(max_lr=0.2, momentum=0.5), steps_of)
 
     encoder = PooledEncoder(C, D, 8)
     options: list[dict[str, object]] = [
         {},
-        {"init": "random", "momentum": 0.9, "nesterov": True, "grad_clip": 1.0, "tol": 1e-3},
+        {"init": "random", "lr": GradientDescent(1.0, 0.9, True, 1.0), "tol": 1e-3},
         {"init": nn.Sequential(nn.Linear(D, N * C), nn.Unflatten(1, (N, C))), "checkpoint": True},
         {"project": in_the_unit_box, "mask_clamp": None, "repr_loss": "mse"},
         {"differentiate": "implicit", "anchor": 0.1},
     ]
     for number, option in enumerate(options):
-        decoder = DSPNDecoder(encoder, 3, 1.0, **({"set_size": N, "channels": C} | option))
+        decoder = DSPNDecoder(encoder, 3, **({"lr": 1.0, "set_size": N, "channels": C} | option))
         yield f"DSPNDecoder:{number}", Case(decoder, decode)
     for name in ("paper", "idspn"):
         recipe = getattr(DSPNDecoder, name)(RelationEncoder(C, D, 8), set_size=N, channels=C, iters=3)

@@ -20,6 +20,7 @@ from setpred import (
     DSPNLoss,
     FSPool,
     FSUnpool,
+    GradientDescent,
     HungarianLoss,
     LSTMDecoder,
     MLPDecoder,
@@ -115,7 +116,10 @@ CASES: dict[str, Case] = {
     "DSPNDecoder, tol": dspn(tol=0.1),
     "DSPNDecoder, checkpoint": dspn(checkpoint=True),
     "DSPNDecoder, project": dspn(
-        "idspn", differentiate="unrolled", grad_clip=0.1, project=lambda x, mask: (x.clamp(0, 1), mask)
+        "idspn",
+        differentiate="unrolled",
+        lr=GradientDescent(1.0, 0.9, True, 0.1),
+        project=lambda x, mask: (x.clamp(0, 1), mask),
     ),
     "MLPDecoder": lambda: called(MLPDecoder(8, 5, 3, 16), torch.randn(2, 8)),
     "MLPDecoder, no mask": lambda: called(MLPDecoder(8, 5, 3, 16, mask_clamp=None), torch.randn(2, 8)),

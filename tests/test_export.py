@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from setpred import DSPNDecoder, LSTMDecoder, MLPDecoder, PooledEncoder, RelationEncoder, SetPrediction
+from setpred import DSPNDecoder, GradientDescent, LSTMDecoder, MLPDecoder, PooledEncoder, RelationEncoder, SetPrediction
 from setpred.export import to_onnx, to_program
 
 BATCHES = [1, 2, 7]  # the example has 3
@@ -40,7 +40,7 @@ class Detector(nn.Module):
 
 def decoder(recipe: str, make_encoder: type[nn.Module] = PooledEncoder, **options: object) -> DSPNDecoder:
     # Values are compared: no rows so nearly equal that rounding ranks them.
-    settings = {"iters": 2, "lr": 1.0, "set_size": 5, "channels": 2} | options
+    settings = {"iters": 2, "lr": 1.0, "set_size": 5, "channels": 2, "init": "learned"} | options
     return getattr(DSPNDecoder, recipe)(make_encoder(2, 16, 16), **settings).eval()
 
 
@@ -89,7 +89,7 @@ def test_onnx_runtime_of_a_network_without_masks(tmp_path: Path) -> None:
     [
         {"tol": 0.05},
         {"project": lambda elements, mask: (elements.clamp(0, 0.5), mask)},
-        {"differentiate": "unrolled", "repr_loss": "huber", "grad_clip": 0.01},
+        {"differentiate": "unrolled", "repr_loss": "huber", "lr": GradientDescent(1.0, 0.9, True, 0.01)},
         {"init": nn.Sequential(nn.Linear(16, 10), nn.Unflatten(1, (5, 2)))},
     ],
     ids=lambda options: next(iter(options)),

@@ -57,7 +57,7 @@ def paper_relation() -> nn.Module:
 
 
 def idspn() -> nn.Module:
-    return DSPNDecoder.idspn(PooledEncoder(C, D, 32), set_size=N, channels=C, iters=10)
+    return DSPNDecoder.idspn(PooledEncoder(C, D, 32), set_size=N, channels=C, iters=10, init="learned")
 
 
 def trained(

@@ -17,6 +17,7 @@ from setpred import (
     DSPNLoss,
     FSPool,
     FSUnpool,
+    GradientDescent,
     HungarianLoss,
     LSTMDecoder,
     MLPDecoder,
@@ -174,12 +175,11 @@ def of_functions() -> Iterator[tuple[str, Case]]:
 
     def descent(y: Tensor, target: Tensor, differentiate: str = "unrolled") -> object:
         result = descend(
-            lambda y: (y - target).square().sum(1),
+            lambda y, target: (y - target).square().sum(1),
             y,
+            args=(target,),
             steps=3,
-            lr=0.1,
-            momentum=0.5,
-            grad_clip=1.0,
+            lr=GradientDescent(0.1, momentum=0.5, grad_clip=1.0),
             tol=0.5,
             differentiate=differentiate,
             record=True,
@@ -210,7 +210,7 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
     "DSPNDecoder": lambda: DSPNDecoder.paper(PooledEncoder(C, D, 8), set_size=N, channels=C, iters=3, lr=1.0),
     "DSPNDecoder:implicit": lambda: DSPNDecoder.idspn(PooledEncoder(C, D, 8), set_size=N, channels=C, iters=3),
     "DSPNDecoder:no mask": lambda: DSPNDecoder(
-        RelationEncoder(C, D, 8), 3, 1.0, None, set_size=N, channels=C, momentum=0.5, nesterov=True, grad_clip=1.0
+        RelationEncoder(C, D, 8), 3, GradientDescent(1.0, 0.5, True, 1.0), None, set_size=N, channels=C
     ),
     "DSPNDecoder:tol": lambda: DSPNDecoder(
         PooledEncoder(C, D, 8, pool="mean"), 3, 1.0, set_size=N, channels=C, tol=0.1, repr_loss="mse"

@@ -1,7 +1,7 @@
 """DSPNDecoder: a vector becomes the set that encodes to it, by gradient descent on the set."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, Literal, Self
 
@@ -18,32 +18,35 @@ from setpred._checks import (
     check_count,
     check_interval,
     check_mask,
-    check_positive,
     check_shape,
+    in_transform,
 )
 from setpred.encoders.base import SetEncoder, parameter_dtype
 from setpred.functional._recompute import check_versions, uncompiled
 from setpred.functional.descent import Descent, descend, outside_inference
+from setpred.functional.step import GradientDescent, StepRule, as_rule
 from setpred.losses.representation import KINDS, Kind, representation_loss
 from setpred.sets import SetPrediction, Trajectory
 
 Init = Tensor | tuple[Tensor, Tensor]
+_Parts = tuple[Tensor, ...]  # elements, and mask if one is carried
 Project = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class DSPNDecoder(nn.Module):
     r"""Decode vectors into sets by minimising the representation loss over the set.
 
-    From an initial set :math:`Y_0`, T steps of gradient descent with momentum on
+    From an initial set :math:`Y_0`, T steps of descent on
 
     .. math::
         \mathcal{L}_\text{repr}(Y, z) &= \frac{1}{D}\sum_d \ell(H(Y)_d - z_d)
         \;\Big(+ \frac{w}{2} \operatorname{mean}\,(Y - Y_0)^2 \Big) \\
         Y_{t+1} &= P\!\left(Y_t - \eta\,\frac{\partial \mathcal{L}_\text{repr}(Y_t, z)}{\partial Y_t}\right)
 
-    where H is the encoder, and P clamps the masks, which are optimised like the elements, and then applies
-    ``project``. The gradient of a permutation-invariant H is permutation-equivariant, so no order is ever imposed on
-    the elements. The loss is a mean over features and a sum over samples: a sample is decoded the same in every batch.
+    where H is the encoder, the step is that of ``lr`` (above: a number), and P clamps the masks, which are optimised
+    like the elements, and then applies ``project``. The gradient of a permutation-invariant H is
+    permutation-equivariant, so no order is ever imposed on the elements. The loss is a mean over features and a sum
+    over samples: a sample is decoded the same in every batch.
 
     Works in training and evaluation mode, under ``no_grad`` and ``inference_mode``, and compiles with
     ``torch.compile(fullgraph=True)``. ``torch.compile`` leaves the descent out where the encoder has a BatchNorm in
@@ -53,17 +56,17 @@ class DSPNDecoder(nn.Module):
     Args:
         encoder: Set encoder H, called as ``encoder(elements, mask)``; see :class:`setpred.SetEncoder`.
         iters: Number of inner steps T.
-        lr: Factor :math:`\eta` on the gradient. The paper's 800, with a loss averaged over a batch of 32, is 25 here.
+        lr: How a step is taken: the factor :math:`\eta` on the gradient, or a rule such as
+            :class:`setpred.GradientDescent`, with momentum and clipping, or :class:`setpred.PolyakDescent`, which sizes
+            itself.
         mask_clamp: Range of the mask; None carries no mask (sets of fixed size) and calls ``encoder(elements, None)``.
         set_size: Largest number of elements N.
         channels: Features C of an element, without the mask.
-        momentum: Factor on the velocity of the descent.
-        nesterov: Whether to use Nesterov's momentum.
         repr_loss: :math:`\ell`: ``"huber"`` or ``"mse"``; see :func:`setpred.representation_loss`.
         anchor: Weight w of the pull of the elements towards :math:`Y_0`, a mean over the set's N x C values.
-        grad_clip: Largest norm of a sample's gradient, over elements and mask together.
         project: Maps ``(elements, mask)`` to the nearest allowed ones, after each step and after the clamp.
-        tol: Stop a sample once its loss is at most this; see :func:`setpred.functional.descend`.
+        tol: Stop a sample once its loss is at most this; in eager mode it leaves the batch, so that it costs nothing
+            more, and ``project`` sees the samples under way alone; see :func:`setpred.functional.descend`.
         differentiate: How an outer backward pass goes through the descent: ``"unrolled"``, through every step; or
             ``"implicit"``, in the memory and time of one step's backward, through the last gradient alone. Implicit,
             :math:`Y_0` receives a gradient only through ``anchor``: without it, a learned :math:`Y_0` stays as it was
@@ -75,6 +78,9 @@ class DSPNDecoder(nn.Module):
             drawn at each call), or a module from z to elements ``(B, N, C)``, or to elements and mask ``(B, N)``. Masks
             start at 0.5 unless the module gives them. Other sets than the learned one are carried in the dtype of the
             encoder's parameters, if it has any.
+        starts: Number of descents K, of which each sample keeps the one with the least representation loss at its end;
+            the first is from :math:`Y_0`, the others from random sets, as ``"random"`` draws them. They run side by
+            side; in eager mode with ``tol``, one after the other, for the samples whose loss is above it.
         device: Device of the learned :math:`Y_0`.
         dtype: Dtype of the learned :math:`Y_0`.
 
@@ -99,36 +105,29 @@ class DSPNDecoder(nn.Module):
         self,
         encoder: SetEncoder,
         iters: int = 10,
-        lr: float = 25.0,
+        lr: float | StepRule = 25.0,
         mask_clamp: tuple[float, float] | None = (0.0, 1.0),
         *,
         set_size: int,
         channels: int,
-        momentum: float = 0.0,
-        nesterov: bool = False,
         repr_loss: Kind = "huber",
         anchor: float = 0.0,
-        grad_clip: float | None = None,
         project: Project | None = None,
         tol: float | None = None,
         differentiate: Literal["unrolled", "implicit"] = "unrolled",
         checkpoint: bool = False,
         init: Literal["learned", "random"] | nn.Module = "learned",
+        starts: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_count("iters", iters)
-        check_positive("lr", lr)
+        as_rule(lr)
         check_interval("mask_clamp", mask_clamp)
         check_count("set_size", set_size)
         check_count("channels", channels)
-        check_at_least("momentum", momentum, 0)
-        if nesterov and momentum == 0:
-            raise ValueError("`momentum` must be positive when `nesterov` is True, got 0")
         check_at_least("anchor", anchor, 0)
-        if grad_clip is not None:
-            check_positive("grad_clip", grad_clip)
         if tol is not None:
             check_at_least("tol", tol, -math.inf)
         check_choice("repr_loss", repr_loss, KINDS)
@@ -137,15 +136,15 @@ class DSPNDecoder(nn.Module):
             raise ValueError("`checkpoint` must be False when `differentiate` is 'implicit', which keeps but one step")
         if not isinstance(init, nn.Module):
             check_choice("init", init, ("learned", "random"))
+        check_count("starts", starts)
         self.encoder = encoder
         self.iters, self.lr, self.mask_clamp = iters, lr, mask_clamp
         self.set_size, self.channels = set_size, channels
-        self.momentum, self.nesterov = momentum, nesterov
         self.repr_loss: Kind = repr_loss
-        self.anchor, self.grad_clip, self.project, self.tol = anchor, grad_clip, project, tol
+        self.anchor, self.project, self.tol = anchor, project, tol
         self.differentiate: Literal["unrolled", "implicit"] = differentiate
         self.checkpoint = checkpoint
-        self.init = init
+        self.init, self.starts = init, starts
         if init == "learned":
             self.initial_elements = nn.Parameter(
                 torch.empty(set_size, channels, device=device, dtype=dtype),
@@ -191,14 +190,14 @@ class DSPNDecoder(nn.Module):
         """Build the decoder of the iDSPN paper's recipe.
 
         20 steps with Nesterov momentum 0.9 and lr 1, half squared error, each sample's gradient clipped to norm 10,
-        implicit differentiation, initial set learned through an anchor of weight 0.1. Train it without a
-        representation term: ``DSPNLoss(..., repr_weight=0, steps="last")``, or any set loss by itself.
+        implicit differentiation, a random initial set. Train it without a representation term:
+        ``DSPNLoss(..., repr_weight=0, steps="last")``, or any set loss by itself.
 
-        The published experiments use 20 to 40 steps (40 for CLEVR, where they clip at 10), and either a random initial
-        set or a learned one with this anchor; masks are ordinary channels there, here they are clamped to [0, 1].
+        The published training on CLEVR goes over to 40 steps half-way; other experiments learn the initial set through
+        ``init="learned", anchor=0.1``. Masks are ordinary channels there, here they are clamped to [0, 1].
 
         Args:
-            encoder: Set encoder; the paper has two layers of 512 and FSPool for CLEVR.
+            encoder: Set encoder; the paper has ``PooledEncoder(C, 512, 512, layers=2, scaling="idspn")`` for CLEVR.
             set_size: Largest number of elements.
             channels: Features of an element.
             **overrides: Any argument of :class:`DSPNDecoder`, to change the recipe.
@@ -212,15 +211,11 @@ class DSPNDecoder(nn.Module):
         """
         recipe: dict[str, Any] = {
             "iters": 20,
-            "lr": 1.0,
+            "lr": GradientDescent(1.0, momentum=0.9, nesterov=True, grad_clip=10.0),
             "mask_clamp": (0.0, 1.0),
-            "momentum": 0.9,
-            "nesterov": True,
             "repr_loss": "mse",
-            "anchor": 0.1,
-            "grad_clip": 10.0,
             "differentiate": "implicit",
-            "init": "learned",
+            "init": "random",
         }
         return cls(encoder, set_size=set_size, channels=channels, **recipe | overrides)
 
@@ -235,6 +230,7 @@ class DSPNDecoder(nn.Module):
         *,
         iters: int | None = None,
         init: Init | None = None,
+        starts: int | None = None,
         record: bool | None = None,
         generator: torch.Generator | None = None,
     ) -> SetPrediction:
@@ -244,8 +240,9 @@ class DSPNDecoder(nn.Module):
             z: Target representations, shape ``(B, D)``.
             iters: Number of steps, by default the decoder's.
             init: Initial elements ``(B, N, C)``, or elements and mask ``(B, N)``, in place of the decoder's own.
+            starts: Number of descents for each sample, by default the decoder's.
             record: Whether to keep the trajectory; by default in training mode with ``"unrolled"`` only.
-            generator: Source of a random initial set.
+            generator: Source of random initial sets.
 
         Returns:
             The predicted sets, with their trajectory if recorded.
@@ -260,11 +257,17 @@ class DSPNDecoder(nn.Module):
             check_count("iters", iters)
         if record is None:
             record = self.training and self.differentiate == "unrolled"
+        if starts is not None:
+            check_count("starts", starts)
         elements, mask = self._initial(z, init, generator)
-        descended = self._descend
+        starting = [elements]
+        if (starts or self.starts) > 1:
+            shape = ((starts or self.starts) - 1, *elements.shape)
+            starting += _random_elements(shape, elements, generator)
+        descended = self._descend_from
         if torch.compiler.is_compiling() and _refuses_func_grad(self.encoder):
             descended = uncompiled(descended)
-        descent = descended(z, elements, mask, iters or self.iters, record)
+        descent = descended(z, starting, mask, iters or self.iters, record)
         ones = z.new_ones(elements.shape[:2], dtype=elements.dtype)
         elements, mask = descent.value if mask is not None else (*descent.value, ones)
         if descent.trajectory is None or descent.loss is None or descent.grad_norm is None:
@@ -285,7 +288,7 @@ class DSPNDecoder(nn.Module):
             elif isinstance(self.init, nn.Module):
                 given = self.init(z)
             else:
-                given = 0.1 * torch.randn(shape, device=z.device, dtype=dtype or z.dtype, generator=generator)
+                given = _random_elements(shape, z if dtype is None else z.to(dtype), generator)
         elements, mask = given if isinstance(given, tuple) else (given, None)
         check_shape("init elements", elements, *shape)
         check_mask("init mask", mask, shape[:2])
@@ -298,25 +301,85 @@ class DSPNDecoder(nn.Module):
             mask = elements.new_full(shape[:2], 0.5)
         return elements, mask.to(elements.dtype).clamp(*self.mask_clamp)
 
-    def _descend(
-        self, z: Tensor, elements: Tensor, mask: Tensor | None, iters: int, record: bool
-    ) -> Descent[tuple[Tensor, ...]]:
-        start, differentiable = elements, torch.is_grad_enabled()
+    def representation_loss(self, prediction: SetPrediction, z: Tensor) -> Tensor:
+        """How far each predicted set is from what it was decoded from: the representation loss of each sample.
+
+        A sample whose loss is far above others' was not decoded: a confidence, and what ``starts`` chooses by.
+
+        Args:
+            prediction: What :meth:`forward` returned.
+            z: What it was given, shape ``(B, D)``.
+
+        Returns:
+            Shape ``(B,)``.
+
+        Raises:
+            ValueError: If a shape is wrong.
+
+        Example:
+            >>> from setpred import DSPNDecoder, PooledEncoder
+            >>> decoder = DSPNDecoder(PooledEncoder(2, 16), set_size=5, channels=2)
+            >>> z = torch.randn(3, 16)
+            >>> decoder.representation_loss(decoder(z), z).shape
+            torch.Size([3])
+        """
+        mask = None if self.mask_clamp is None else prediction.mask
+        return self._loss(self.encoder(prediction.elements, mask), z)
+
+    def _loss(self, representation: Tensor, z: Tensor) -> Tensor:
+        check_shape("encoder(elements, mask)", representation, *z.shape)
+        return representation_loss(representation, z, kind=self.repr_loss, reduction="none")
+
+    def _descend_from(
+        self, z: Tensor, starts: list[Tensor], mask: Tensor | None, iters: int, record: bool
+    ) -> Descent[_Parts]:
+        """Descend from several initial sets each; keep what ends with the least representation loss."""
+        if len(starts) == 1:
+            return self._descend(z, starts[0], mask, iters, record)
+        numbers = torch.arange(len(z), device=z.device)
+        if self.tol is None or torch.compiler.is_compiling() or in_transform():
+            each = z.repeat(len(starts), 1)
+            masks = None if mask is None else mask.repeat(len(starts), 1)
+            descent = self._descend(each, torch.cat(starts), masks, iters, record)
+            best = self._final_loss(descent, each).view(len(starts), len(z)).argmin(0)
+            return _samples(best * len(z) + numbers, descent)
+        # One after the other, for the samples that have not arrived.
+        descent = self._descend(z, starts[0], mask, iters, record)
+        loss = self._final_loss(descent, z)
+        rows = (loss > self.tol).nonzero().squeeze(1)
+        if len(rows) == 0:
+            return descent
+        others = [start[rows] for start in starts[1:]]
+        again = self._descend_from(z[rows], others, None if mask is None else mask[rows], iters, record)
+        better = self._final_loss(again, z[rows]) < loss[rows]
+        chosen = numbers.index_copy(0, rows[better], len(z) + better.nonzero().squeeze(1))
+        return _samples(chosen, descent, again)
+
+    @torch.no_grad()
+    def _final_loss(self, descent: Descent[_Parts], z: Tensor) -> Tensor:
+        """To choose by: what is within the tolerance is alike, and what is broken comes last."""
+        elements, mask = descent.value if len(descent.value) == 2 else (descent.value[0], None)
+        loss = self._loss(self.encoder(elements, mask), z)
+        if self.tol is not None:
+            loss = loss.clamp(min=self.tol)
+        return loss.masked_fill(loss.isnan(), math.inf)
+
+    def _descend(self, z: Tensor, elements: Tensor, mask: Tensor | None, iters: int, record: bool) -> Descent[_Parts]:
+        differentiable = torch.is_grad_enabled()
         checkpoint = self.checkpoint and differentiable
         encode = self.encoder
         if checkpoint and isinstance(encode, nn.Module):
             encode = _AsNow(encode)
 
-        def objective(y: tuple[Tensor, ...]) -> Tensor:
+        def objective(y: tuple[Tensor, ...], z: Tensor, start: Tensor) -> Tensor:
             elements, mask = y if len(y) == 2 else (y[0], None)
             representation = encode(elements, mask)
-            check_shape("encoder(elements, mask)", representation, *z.shape)
+            loss = self._loss(representation, z)
             if not representation.requires_grad:
                 raise RuntimeError(
                     "`encoder(elements, mask)` must be differentiable, got a result without a gradient: is it computed "
                     "under torch.no_grad(), or detached? To keep its parameters as they are, use requires_grad_(False)"
                 )
-            loss = representation_loss(representation, z, kind=self.repr_loss, reduction="none")
             if self.anchor > 0:
                 loss = loss + 0.5 * self.anchor * (elements - start).square().flatten(1).mean(1)
             return loss
@@ -333,9 +396,7 @@ class DSPNDecoder(nn.Module):
                 (elements,) if mask is None else (elements, mask),
                 steps=iters,
                 lr=self.lr,
-                momentum=self.momentum,
-                nesterov=self.nesterov,
-                grad_clip=self.grad_clip,
+                args=(z, elements),
                 project=None if self.mask_clamp is None and self.project is None else project,
                 tol=self.tol,
                 differentiate=self.differentiate,
@@ -350,11 +411,28 @@ class DSPNDecoder(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"iters={self.iters}, lr={self.lr}, mask_clamp={self.mask_clamp}, set_size={self.set_size}, "
-            f"channels={self.channels}, momentum={self.momentum}, nesterov={self.nesterov}, "
-            f"repr_loss={self.repr_loss!r}, anchor={self.anchor}, grad_clip={self.grad_clip}, tol={self.tol}, "
-            f"differentiate={self.differentiate!r}, checkpoint={self.checkpoint}"
+            f"channels={self.channels}, repr_loss={self.repr_loss!r}, anchor={self.anchor}, tol={self.tol}, "
+            f"differentiate={self.differentiate!r}, checkpoint={self.checkpoint}, starts={self.starts}"
             + (f", init={self.init!r}" if isinstance(self.init, str) else "")
         )
+
+
+def _random_elements(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return 0.1 * torch.randn(shape, device=like.device, dtype=like.dtype, generator=generator)
+
+
+def _samples(rows: Tensor, *descents: Descent[_Parts]) -> Descent[_Parts]:
+    """Take samples, numbered through all of these descents, into one."""
+
+    def taken(dim: int, parts: Iterable[Any]) -> Tensor:
+        return torch.cat(tuple(parts), dim).index_select(dim, rows)
+
+    values, trajectories, losses, norms = zip(*descents, strict=True)
+    value = tuple(taken(0, parts) for parts in zip(*values, strict=True))
+    if losses[0] is None:
+        return Descent(value, None, None, None)
+    trajectory = tuple(taken(1, parts) for parts in zip(*trajectories, strict=True))
+    return Descent(value, trajectory, taken(1, losses), taken(1, norms))
 
 
 class _AsNow:

@@ -7,6 +7,7 @@ from setpred.functional.nearest import nearest_neighbours
 from setpred.functional.pairwise import cross_entropy_cost, on_channels, paired_cost, pairwise_cost, sum_costs
 from setpred.functional.sinkhorn import Transport, entropic_transport
 from setpred.functional.sort_pool import piecewise_linear, sort_pool, sort_unpool
+from setpred.functional.step import Gradient, GradientDescent, PolyakDescent, StepRule
 
 __all__ = [
     "argsort_descending",
@@ -23,6 +24,10 @@ __all__ = [
     "nearest_neighbours",
     "Transport",
     "entropic_transport",
+    "Gradient",
+    "StepRule",
+    "GradientDescent",
+    "PolyakDescent",
     "Descent",
     "descend",
 ]

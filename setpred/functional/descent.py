@@ -1,4 +1,4 @@
-"""The inner loop: per-sample gradient descent, and two ways to differentiate through it.
+"""The inner loop: descent along the gradient, sample by sample, and two ways to differentiate through it.
 
 Nothing here knows of sets. What is optimised is a tensor, or a tuple of tensors, whose first dimension is the
 batch; the objective gives one value per sample, and its sum over the batch is what is differentiated, so that a
@@ -9,25 +9,19 @@ from __future__ import annotations  # torch.compile cannot evaluate the annotati
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
+from torch.utils import _pytree as pytree
 
-from setpred._checks import (
-    check_at_least,
-    check_choice,
-    check_count,
-    check_positive,
-    check_tensor,
-    in_transform,
-)
+from setpred._checks import check_at_least, check_choice, check_count, check_tensor, in_transform
 from setpred.functional._precision import common_dtype
 from setpred.functional._recompute import Recompute
+from setpred.functional.step import Gradient, Point, StepRule, as_rule, per_sample
 
 Y = TypeVar("Y", Tensor, tuple[Tensor, ...])
-_Tensors = tuple[Tensor, ...]
 
 
 class Descent(NamedTuple, Generic[Y]):
@@ -51,19 +45,8 @@ class Descent(NamedTuple, Generic[Y]):
     grad_norm: Tensor | None
 
 
-class _Gradient(NamedTuple):
-    grad: _Tensors
-    loss: Tensor  # (B,)
-    norm: Tensor  # (B,)
-
-
-def _per_sample(value: Tensor, like: Tensor) -> Tensor:
-    """View (B,) so that it broadcasts against (B, ...)."""
-    return value.view(-1, *[1] * (like.dim() - 1))
-
-
-def _gradient(objective: Callable[[_Tensors], Tensor], y: _Tensors) -> _Gradient:
-    def total(y: _Tensors) -> tuple[Tensor, Tensor]:
+def _gradient(objective: Callable[[Point], Tensor], y: Point) -> Gradient:
+    def total(y: Point) -> tuple[Tensor, Tensor]:
         loss = objective(y)
         check_tensor("objective(y)", loss)
         if loss.shape != y[0].shape[:1]:
@@ -103,12 +86,12 @@ _NO_GRADIENT = (
 )
 
 
-def _in_forward_mode(y: _Tensors) -> bool:
+def _in_forward_mode(y: Point) -> bool:
     """Whether y carries tangents of `torch.autograd.forward_ad`, which detach() would drop."""
     return any(unpack_dual(part).tangent is not None for part in y)  # type: ignore[no-untyped-call]
 
 
-def _depends_on_others(value: Tensor, leaves: _Tensors) -> bool:
+def _depends_on_others(value: Tensor, leaves: Point) -> bool:
     """Whether anything that requires a gradient, but for these leaves, has a part in a value."""
     nodes, seen = [value.grad_fn], set()
     while nodes:
@@ -122,11 +105,11 @@ def _depends_on_others(value: Tensor, leaves: _Tensors) -> bool:
     return False
 
 
-def _constant(parts: Iterable[Tensor]) -> _Tensors:
+def _constant(parts: Iterable[Tensor]) -> Point:
     return tuple(part.detach() for part in parts)
 
 
-def _by_func(total: Callable[[_Tensors], tuple[Tensor, Tensor]], y: _Tensors) -> tuple[_Tensors, Tensor]:
+def _by_func(total: Callable[[Point], tuple[Tensor, Tensor]], y: Point) -> tuple[Point, Tensor]:
     try:
         grad, (_, loss) = torch.func.grad_and_value(total, has_aux=True)(y)
     except RuntimeError as error:
@@ -140,14 +123,14 @@ def _by_func(total: Callable[[_Tensors], tuple[Tensor, Tensor]], y: _Tensors) ->
     return grad, loss
 
 
-def _with_norm(grad: _Tensors, loss: Tensor) -> _Gradient:
+def _with_norm(grad: Point, loss: Tensor) -> Gradient:
     # In float32 at least: squares leave the range of float16.
     squares = [part.unsqueeze(-1).flatten(1).to(common_dtype(part)).square().sum(1) for part in grad]
     square = torch.stack(squares).sum(0)
     # The root has no derivative at 0: a converged sample must not turn the outer gradient into NaN.
     positive = square > 0
     norm = torch.where(positive, square, 1).sqrt() * positive
-    return _Gradient(grad, loss, norm)
+    return Gradient(grad, loss, norm)
 
 
 def outside_inference(x: Tensor) -> Tensor:
@@ -157,7 +140,7 @@ def outside_inference(x: Tensor) -> Tensor:
     return x.clone()
 
 
-def _check_init(init: Tensor | _Tensors) -> None:
+def _check_init(init: Tensor | Point) -> None:
     parts = (init,) if isinstance(init, Tensor) else init
     if not isinstance(parts, (tuple, list)) or len(parts) == 0:
         raise TypeError(f"`init` must be a tensor or a tuple of tensors, got {init!r}")
@@ -169,51 +152,48 @@ def _check_init(init: Tensor | _Tensors) -> None:
 
 
 def descend(
-    objective: Callable[[Y], Tensor],
+    objective: Callable[..., Tensor],
     init: Y,
     *,
     steps: int,
-    lr: float,
-    momentum: float = 0.0,
-    nesterov: bool = False,
-    grad_clip: float | None = None,
+    lr: float | StepRule,
+    args: Point = (),
     project: Callable[[Y], Y] | None = None,
     tol: float | None = None,
     differentiate: Literal["unrolled", "implicit"] = "unrolled",
     checkpoint: bool = False,
     record: bool = False,
 ) -> Descent[Y]:
-    r"""Minimise an objective per sample by gradient descent with momentum.
+    r"""Minimise an objective per sample by descent along its gradient.
 
-    With :math:`g_t = \nabla_y \sum_b L_b(y_t)`, each sample's :math:`g_t` scaled down to norm ``grad_clip`` where it
-    is longer, and :math:`v_0 = 0`:
+    With :math:`g_t = \nabla_y \sum_b L_b(y_t)` and a step rule S, plain gradient descent where ``lr`` is a number:
 
     .. math::
-        v_{t+1} &= \mu v_t + g_t \\
-        y_{t+1} &= P(y_t - \eta\, v_{t+1}) \quad\text{or, with Nesterov,}\quad
-        P(y_t - \eta\,(g_t + \mu v_{t+1}))
+        y_{t+1} = P(S(y_t, g_t)), \qquad S(y, g) = y - \eta\, g \;\text{for a number } \eta
 
     ``differentiate`` says what an outer backward pass sees:
 
     - ``"unrolled"`` differentiates every step; memory grows with ``steps``.
     - ``"implicit"`` runs the loop without a graph. At the point :math:`y` before the last step one gradient :math:`g`
       gets a graph, and the outer gradient flows through :math:`P(y - g) - y` with :math:`y` held constant: the implicit
-      function theorem with the Hessian taken as the identity. ``lr``, momentum and clipping do not enter, and nothing
-      flows to ``init``, except where the objective itself depends on it. Memory is that of one step.
+      function theorem with the Hessian taken as the identity. The rule does not enter, and nothing flows to ``init``,
+      except where the objective itself depends on it. Memory is that of one step.
 
     Without grad mode both give the same values and no graph.
 
     Args:
-        objective: Maps a point to one value per sample, shape ``(B,)``. Sample b's value must depend on sample b only.
+        objective: Maps a point, and ``args``, to one value per sample, shape ``(B,)``. Sample b's value must depend on
+            sample b only.
         init: Where to start: a tensor ``(B, ...)`` or a tuple of them.
         steps: Number of steps T, at least 1.
-        lr: Factor :math:`\eta` on the gradient.
-        momentum: Factor :math:`\mu` on the velocity.
-        nesterov: Whether to look ahead along the velocity; needs a momentum.
-        grad_clip: Largest norm of a sample's gradient, over all its tensors together.
+        lr: How a step is taken: the factor :math:`\eta` on the gradient, or a rule such as
+            :class:`setpred.GradientDescent`; see :class:`setpred.functional.StepRule`.
+        args: What else the objective is called with, tensors ``(B, ...)``: what belongs to a sample and leaves the
+            batch with it.
         project: Maps a point to the nearest allowed one, sample by sample, after each step.
-        tol: A sample whose objective is at most this stays as it is from then on. In eager mode the loop
-            ends when all do, which waits for the device once a step.
+        tol: A sample whose objective is at most this stays as it is from then on. In eager mode it leaves the batch,
+            ``args`` with it, so that time goes with the samples that are under way: objective and ``project`` see
+            those alone. This waits for the device once a step.
         differentiate: ``"unrolled"`` or ``"implicit"``.
         checkpoint: With ``"unrolled"``, whether to keep only the points and to compute each step again in the outer
             backward pass: the same gradients in the memory of one step. Does not compile.
@@ -238,13 +218,8 @@ def descend(
     Source: Zhang et al. (NeurIPS 2019), equation 5; implicit: Zhang et al. (ICLR 2022), section 3.
     """
     check_count("steps", steps)
-    check_positive("lr", lr)
-    check_at_least("momentum", momentum, 0)
+    rule = as_rule(lr)
     check_choice("differentiate", differentiate, ("unrolled", "implicit"))
-    if nesterov and momentum == 0:
-        raise ValueError("`momentum` must be positive when `nesterov` is True, got 0")
-    if grad_clip is not None:
-        check_positive("grad_clip", grad_clip)
     if tol is not None:
         check_at_least("tol", tol, -math.inf)
     if checkpoint and differentiate == "implicit":
@@ -256,84 +231,82 @@ def descend(
     # One form from here on: tuples.
     single = isinstance(init, Tensor)
 
-    def packed(y: _Tensors) -> Y:
+    def packed(y: Point) -> Y:
         return y[0] if single else y  # type: ignore[return-value]
 
-    def unpacked(y: Y) -> _Tensors:
+    def unpacked(y: Y) -> Point:
         return (y,) if isinstance(y, Tensor) else tuple(y)
 
     _check_init(init)
     init = packed(tuple(outside_inference(part) for part in unpacked(init)))
 
-    def gradient_at(y: _Tensors) -> _Gradient:
-        return _gradient(lambda y: objective(packed(y)), y)
+    def gradient_at(y: Point, args: Point) -> Gradient:
+        return _gradient(lambda y: objective(packed(y), *args), y)
 
-    def projected(y: _Tensors) -> _Tensors:
+    def projected(y: Point) -> Point:
         return y if project is None else unpacked(project(packed(y)))
 
-    def advanced(y: _Tensors, velocity: _Tensors | None, at: _Gradient) -> tuple[_Tensors, _Tensors | None]:
-        grad = at.grad
-        if grad_clip is not None:
-            scale = grad_clip / at.norm.clamp(min=grad_clip)
-            grad = tuple(_per_sample(scale, part).to(part.dtype) * part for part in grad)
-        direction = grad
-        if momentum != 0:
-            velocity = (
-                grad if velocity is None else tuple(momentum * v + g for v, g in zip(velocity, grad, strict=True))
-            )
-            direction = velocity
-            if nesterov:
-                direction = tuple(g + momentum * v for g, v in zip(grad, velocity, strict=True))
-        new = projected(tuple(part - lr * d for part, d in zip(y, direction, strict=True)))
+    def advanced(y: Point, state: Any, at: Gradient) -> tuple[Point, Any]:
+        new, state = rule.step(y, at, state)
+        new = projected(new)
         if tol is not None:
             still = at.loss <= tol  # not where it is NaN: that must show
-            new = tuple(torch.where(_per_sample(still, n), part, n) for n, part in zip(new, y, strict=True))
-        return new, velocity
+            new = tuple(torch.where(per_sample(still, n), part, n) for n, part in zip(new, y, strict=True))
+        return new, state
 
-    y, velocity = unpacked(init), None
-    points: list[_Tensors] = [y]
+    def step(y: Point, state: Any, args: Point) -> tuple[Point, Any, Tensor, Tensor]:
+        at = gradient_at(y, args)
+        y, state = advanced(y, state, at)
+        return y, state, at.loss, at.norm
+
+    points: list[Point] = []
     losses: list[Tensor] = []
     norms: list[Tensor] = []
-    look = not torch.compiler.is_compiling() and not in_transform()  # at values
 
-    def keep(y: _Tensors, loss: Tensor, norm: Tensor) -> None:
+    def keep(y: Point, loss: Tensor, norm: Tensor) -> None:
         if record:
             points.append(y)
             losses.append(loss)
             norms.append(norm)
 
-    def step(y: _Tensors, velocity: _Tensors | None) -> tuple[_Tensors, _Tensors | None, Tensor, Tensor]:
-        at = gradient_at(y)
-        y, velocity = advanced(y, velocity, at)
-        return y, velocity, at.loss, at.norm
+    look = not torch.compiler.is_compiling() and not in_transform()  # at values
 
-    def run(y: _Tensors, steps: int) -> tuple[_Tensors, _Tensors | None]:
-        velocity: _Tensors | None = None
+    def run(y: Point, steps: int) -> tuple[Point, Any]:
         take = Recompute(step) if checkpoint else step
+        state, given, rows = rule.init(y), args, None  # of the samples under way; None: all of them
+        whole: tuple[Any, ...] = (y, state)
         for done in range(1, steps + 1):
-            y, velocity, loss, norm = take(y, velocity)
-            keep(y, loss, norm)
-            if tol is not None and look and bool((loss <= tol).all()):
-                for _ in range(done, steps):
-                    keep(y, loss, norm)
-                break
-        return y, velocity
+            now = take(y, state, given)
+            whole = now if rows is None else _put(whole, rows, now)
+            keep(whole[0], *whole[2:])
+            y, state, loss, _ = now
+            if tol is not None and look and bool((arrived := loss <= tol).any()):
+                under_way = ~arrived
+                rows = under_way.nonzero().squeeze(1) if rows is None else rows[under_way]
+                if len(rows) == 0:
+                    for _ in range(done, steps):
+                        keep(whole[0], *whole[2:])
+                    break
+                y, state, given = _take((y, state, given), under_way)
+        return whole[0], whole[1]
 
+    y = unpacked(init)
     if differentiate == "unrolled" or not torch.is_grad_enabled():
+        points.append(y)
         y, _ = run(y, steps)
     else:
         y = _constant(y)
-        points = [y]
+        points.append(y)
         with torch.no_grad():
-            y, velocity = run(y, steps - 1)
+            y, state = run(y, steps - 1)
         y = _constant(y)  # forward-mode differentiation sees through no_grad
-        at = gradient_at(y)
+        at = gradient_at(y, args)
         residual = tuple(-g for g in at.grad)
         if project is not None:
             forward = projected(tuple(part + r for part, r in zip(y, residual, strict=True)))
             residual = tuple(f - part for f, part in zip(forward, y, strict=True))
         with torch.no_grad():
-            y, _ = advanced(y, velocity, at)
+            y, _ = advanced(y, state, at)
             keep(y, at.loss, at.norm)
         points, losses, norms = [_constant(point) for point in points], list(_constant(losses)), list(_constant(norms))
         # The value is y, the derivative that of the residual.
@@ -343,3 +316,11 @@ def descend(
         return Descent(packed(y), None, None, None)
     trajectory = tuple(torch.stack(parts) for parts in zip(*points, strict=True))
     return Descent(packed(y), packed(trajectory), torch.stack(losses), torch.stack(norms))
+
+
+def _take(whole: Any, rows: Tensor) -> Any:
+    return pytree.tree_map(lambda x: x[rows], whole)
+
+
+def _put(whole: Any, rows: Tensor, part: Any) -> Any:
+    return pytree.tree_map(lambda all_, some: all_.index_copy(0, rows, some), whole, part)

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from setpred import DSPNDecoder, PooledEncoder, SetPrediction
+from setpred import DSPNDecoder, GradientDescent, PooledEncoder, SetPrediction
 from tests import devices, oracles
+from tests.rules import with_rule
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 N, C, D = 4, 2, 6
@@ -36,7 +37,8 @@ BOTH_DERIVATIVES = pytest.mark.parametrize("differentiate", ["unrolled", "implic
 
 def make_decoder(iters: int = 5, lr: float = 1.0, **options: Any) -> DSPNDecoder:
     encoder = PooledEncoder(C, D, 8, size_feature=True, dtype=torch.float64)
-    return DSPNDecoder(encoder, iters, lr, **{"set_size": N, "channels": C, "dtype": torch.float64} | options)
+    options = {"iters": iters, "lr": lr, "set_size": N, "channels": C, "dtype": torch.float64} | options
+    return DSPNDecoder(encoder, **with_rule(options))
 
 
 def make_z(batch: int = 3) -> Tensor:
@@ -44,9 +46,10 @@ def make_z(batch: int = 3) -> Tensor:
 
 
 def literally(decoder: DSPNDecoder, z: Tensor, options: dict[str, Any]) -> tuple[Tensor, ...]:
+    lr = decoder.lr.lr if isinstance(decoder.lr, GradientDescent) else decoder.lr
     elements = decoder.initial_elements.expand(len(z), N, C)
     mask = torch.full((len(z), N), 0.5, dtype=z.dtype) if decoder.mask_clamp is not None else None
-    return oracles.decode(decoder.encoder, z, elements, mask, iters=decoder.iters, lr=decoder.lr, **options)
+    return oracles.decode(decoder.encoder, z, elements, mask, iters=decoder.iters, lr=lr, **options)
 
 
 def gradients(value: Tensor, inputs: list[Tensor]) -> list[Tensor]:
@@ -120,7 +123,8 @@ def test_lr_25_is_the_published_800_for_a_loss_averaged_over_a_batch_of_32() -> 
 
 def test_idspn_steps_are_those_of_torch_sgd() -> None:
     encoder = PooledEncoder(C, D, 8, dtype=torch.float64)
-    decoder = DSPNDecoder.idspn(encoder, set_size=N, channels=C, mask_clamp=None, dtype=torch.float64)
+    options = {"mask_clamp": None, "dtype": torch.float64}
+    decoder = DSPNDecoder.idspn(encoder, set_size=N, channels=C, init="learned", anchor=0.1, **options)
     z = make_z()
     start = decoder.initial_elements.detach().expand(3, N, C)
     y = start.clone().requires_grad_()
@@ -323,10 +327,10 @@ def test_what_is_recorded(training: bool, differentiate: str, record: bool | Non
 
 
 def settings_of(decoder: DSPNDecoder) -> dict[str, Any]:
-    names = ["iters", "lr", "mask_clamp", "set_size", "channels", "momentum", "nesterov", "repr_loss", "anchor"]
+    names = ["iters", "lr", "mask_clamp", "set_size", "channels", "repr_loss", "anchor"]
     return {
         name: getattr(decoder, name)
-        for name in [*names, "grad_clip", "project", "tol", "differentiate", "checkpoint", "init"]
+        for name in [*names, "project", "tol", "differentiate", "checkpoint", "starts", "init"]
     }
 
 
@@ -336,26 +340,21 @@ PAPER = {
     "mask_clamp": (0.0, 1.0),
     "set_size": 7,
     "channels": C,
-    "momentum": 0.0,
-    "nesterov": False,
     "repr_loss": "huber",
     "anchor": 0.0,
-    "grad_clip": None,
     "project": None,
     "tol": None,
     "differentiate": "unrolled",
     "checkpoint": False,
+    "starts": 1,
     "init": "learned",
 }
 IDSPN = PAPER | {
     "iters": 20,
-    "lr": 1.0,
-    "momentum": 0.9,
-    "nesterov": True,
+    "lr": GradientDescent(1.0, momentum=0.9, nesterov=True, grad_clip=10.0),
     "repr_loss": "mse",
-    "anchor": 0.1,
-    "grad_clip": 10.0,
     "differentiate": "implicit",
+    "init": "random",
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from setpred import DSPNDecoder, PooledEncoder, RelationEncoder, SetPrediction
+from setpred import DSPNDecoder, GradientDescent, PooledEncoder, RelationEncoder, SetPrediction
 
 Z = 16
 
@@ -26,7 +26,9 @@ def _forget_compilations() -> Iterator[None]:
 
 def make_decoder(make_encoder: type[nn.Module], name: str, **options: Any) -> DSPNDecoder:
     encoder = make_encoder(2, Z, 16)
-    return getattr(DSPNDecoder, name)(encoder, **{"iters": 2, "lr": 1.0, "set_size": 5, "channels": 2} | options)
+    return getattr(DSPNDecoder, name)(
+        encoder, **{"iters": 2, "lr": 1.0, "set_size": 5, "channels": 2, "init": "learned"} | options
+    )
 
 
 def trained(decoder: nn.Module, z: torch.Tensor) -> tuple[SetPrediction, list[torch.Tensor]]:
@@ -67,7 +69,7 @@ def test_training_with_every_option() -> None:
         PooledEncoder,
         "idspn",
         differentiate="unrolled",
-        grad_clip=0.1,
+        lr=GradientDescent(1.0, momentum=0.9, nesterov=True, grad_clip=0.1),
         tol=0.01,
         project=lambda elements, mask: (elements.clamp(0, 1), mask),
     )

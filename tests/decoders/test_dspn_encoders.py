@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from setpred import DSPNDecoder, FSPool, PooledEncoder, SetEncoder
+from setpred import DSPNDecoder, FSPool, GradientDescent, PooledEncoder, SetEncoder
 from tests import devices
 from tests.custom import Square
 
@@ -73,7 +73,7 @@ def transformer() -> nn.Module:
 
 
 def make_decoder(encoder: Any, **options: Any) -> DSPNDecoder:
-    return DSPNDecoder(encoder, 3, 1.0, set_size=N, channels=C, **options)
+    return DSPNDecoder(encoder, 3, **{"lr": 1.0, "set_size": N, "channels": C} | options)
 
 
 def check_trains(decoder: DSPNDecoder, z: Tensor) -> None:
@@ -137,7 +137,7 @@ def test_the_fallback_equals_func_grad(differentiate: str) -> None:
     decoder = make_decoder(
         Encoder(nn.Linear(D, D)),
         differentiate=differentiate,
-        momentum=0.5,
+        lr=GradientDescent(1.0, momentum=0.5),
         anchor=0.1,
         project=lambda elements, mask: (elements * mask.unsqueeze(-1), mask),
     ).double()
@@ -369,7 +369,7 @@ def test_forward_mode(differentiate: str, what: str) -> None:
     """Of `torch.autograd.forward_ad`, against the backward pass, or against torch.func where that is no derivative."""
     iters = 3 if differentiate == "unrolled" else 1
     decoder = DSPNDecoder(
-        Encoder(nn.Linear(D, D)).double(), iters, 1.0, set_size=N, channels=C, dtype=torch.float64, momentum=0.5
+        Encoder(nn.Linear(D, D)).double(), iters, GradientDescent(1.0, 0.5), set_size=N, channels=C, dtype=torch.float64
     )
     z = torch.randn(3, D, dtype=torch.float64)
     inputs = {"z": z, "init": torch.rand(3, N, C, dtype=torch.float64)}

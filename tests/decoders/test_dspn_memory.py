@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.profiler import profile
 
-from setpred import DSPNDecoder, PooledEncoder
+from setpred import DSPNDecoder, GradientDescent, PooledEncoder
 from tests import devices
 
 
@@ -30,7 +30,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 
 def training_step(iters: int, **options: Any) -> Callable[[], None]:
-    decoder = DSPNDecoder(PooledEncoder(2, 32, 64), iters, 1.0, set_size=50, channels=2, **options)
+    decoder = DSPNDecoder(PooledEncoder(2, 32, 64), iters, **{"lr": 1.0, "set_size": 50, "channels": 2} | options)
     z = torch.randn(8, 32)
     return lambda: decoder(z).elements.square().sum().backward()
 
@@ -46,7 +46,7 @@ def inference(iters: int, **options: Any) -> Callable[[], None]:
     return run
 
 
-@pytest.mark.parametrize("options", [{}, {"anchor": 0.1, "momentum": 0.9, "nesterov": True, "grad_clip": 1.0}])
+@pytest.mark.parametrize("options", [{}, {"anchor": 0.1, "lr": GradientDescent(25.0, 0.9, True, 1.0)}])
 def test_of_an_implicit_training_step_does_not_grow(options: dict[str, Any]) -> None:
     few, many = (peak_bytes(training_step(iters, differentiate="implicit", **options)) for iters in (10, 40))
     assert many < 1.05 * few

@@ -16,6 +16,7 @@ from setpred import functional
 from setpred.functional import Descent
 from tests import devices, oracles
 from tests.custom import Square
+from tests.rules import with_rule
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 DOUBLE = {"dtype": torch.float64}
@@ -30,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "clip": {"grad_clip": 0.3},
     "project": {"project": lambda y: y.clamp(-0.5, 0.5)},
     "tol": {"tol": 0.15},
+    "polyak": {"polyak": True, "momentum": 0.8},
     "all": {
         "momentum": 0.8,
         "nesterov": True,
@@ -43,6 +45,7 @@ EVERY_OPTION = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.
 
 def descend(*arguments: Any, gradient: str | None = None, **options: Any) -> Descent[Any]:
     """The library's, by a way to take gradients that is not necessarily its own choice."""
+    options = with_rule(options)
     if gradient is None:
         return functional.descend(*arguments, **options)
     with patch("setpred.functional.descent.in_transform", return_value=gradient == "func"):
@@ -58,8 +61,8 @@ class Problem:
         self.init = (0.5 * torch.randn(batch, FEATURES, **DOUBLE)).requires_grad_()
         self.inputs = (self.weight, self.z, self.init)
 
-    def objective(self, y: Tensor) -> Tensor:
-        return 0.5 * ((y @ self.weight.t()).tanh() - self.z).square().sum(1)
+    def objective(self, y: Tensor, z: Tensor | None = None) -> Tensor:
+        return 0.5 * ((y @ self.weight.t()).tanh() - (self.z if z is None else z)).square().sum(1)
 
     def of_sample(self, b: int) -> Callable[[Tensor], Tensor]:
         return lambda y: 0.5 * ((self.weight @ y).tanh() - self.z[b]).square().sum()
@@ -93,7 +96,16 @@ def test_steps_equal_the_formula(
 ) -> None:
     torch.manual_seed(seed)
     problem = Problem(batch)
-    actual = descend(problem.objective, problem.init, steps=steps, lr=lr, **options, record=True, gradient=gradient)
+    actual = descend(
+        problem.objective,
+        problem.init,
+        args=(problem.z,),
+        steps=steps,
+        lr=lr,
+        **options,
+        record=True,
+        gradient=gradient,
+    )
     expected = problem.literally(steps=steps, lr=lr, **options)
     assert_close(actual, expected)
     assert actual.trajectory.shape == (steps + 1, batch, FEATURES)
@@ -104,7 +116,9 @@ def test_steps_equal_the_formula(
 @BOTH_GRADIENTS
 def test_unrolled_gradient_equals_that_of_the_literal_loop(options: dict[str, Any], gradient: str) -> None:
     problem = Problem(3)
-    actual = descend(problem.objective, problem.init, steps=4, lr=0.5, **options, record=True, gradient=gradient)
+    actual = descend(
+        problem.objective, problem.init, args=(problem.z,), steps=4, lr=0.5, **options, record=True, gradient=gradient
+    )
     expected = problem.literally(steps=4, lr=0.5, **options)
     for a, e in zip(actual, expected, strict=True):  # the whole record is differentiable
         assert_close(gradients(a, problem.inputs), gradients(e, problem.inputs))
@@ -115,7 +129,14 @@ def test_unrolled_gradient_equals_that_of_the_literal_loop(options: dict[str, An
 def test_a_sample_alone_descends_as_in_a_batch(options: dict[str, Any], differentiate: str) -> None:
     problem = Problem(4)
     batch = descend(
-        problem.objective, problem.init, steps=5, lr=0.5, **options, record=True, differentiate=differentiate
+        problem.objective,
+        problem.init,
+        args=(problem.z,),
+        steps=5,
+        lr=0.5,
+        **options,
+        record=True,
+        differentiate=differentiate,
     )
     of_batch = torch.autograd.grad(batch.value[2].sum(), (problem.weight, problem.z), materialize_grads=True)
     alone = descend(
@@ -137,13 +158,14 @@ def test_a_sample_alone_descends_as_in_a_batch(options: dict[str, Any], differen
 @BOTH_GRADIENTS
 def test_a_tuple_descends_as_one_tensor(options: dict[str, Any], differentiate: str, gradient: str) -> None:
     problem, how = Problem(3), {"differentiate": differentiate, "gradient": gradient, "record": True}
-    one = descend(problem.objective, problem.init, steps=5, lr=0.5, **options, **how)
+    one = descend(problem.objective, problem.init, args=(problem.z,), steps=5, lr=0.5, **options, **how)
     options = dict(options)
     if "project" in options:
         options["project"] = lambda y: tuple(part.clamp(-0.5, 0.5) for part in y)
     two = descend(
-        lambda y: problem.objective(torch.cat([y[0].flatten(1), y[1].unsqueeze(1)], 1)),
+        lambda y, z: problem.objective(torch.cat([y[0].flatten(1), y[1].unsqueeze(1)], 1), z),
         (problem.init[:, :3].view(3, 3, 1), problem.init[:, 3]),
+        args=(problem.z,),
         steps=5,
         lr=0.5,
         **options,
@@ -166,7 +188,7 @@ def test_a_part_that_the_objective_ignores_stays(gradient: str) -> None:
 
 def test_nothing_is_recorded_unless_asked() -> None:
     problem = Problem(2)
-    assert descend(problem.objective, problem.init, steps=2, lr=0.1)[1:] == (None, None, None)
+    assert descend(problem.objective, problem.init, args=(problem.z,), steps=2, lr=0.1)[1:] == (None, None, None)
 
 
 # Stopping
@@ -174,23 +196,22 @@ def test_nothing_is_recorded_unless_asked() -> None:
 
 def test_converged_samples_freeze_and_the_loop_ends_early() -> None:
     target = torch.zeros(3, 1)
-    calls = 0
+    calls: list[int] = []
 
-    def objective(y: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
+    def objective(y: Tensor, target: Tensor) -> Tensor:
+        calls.append(len(y))
         return 0.5 * (y - target).square().sum(1)
 
     # Halved at each step, objectives 0.5 * 4^-t from 0.5, 8 and 0: under 0.1 after 2, 4 and 0 steps.
     init = torch.tensor([[1.0], [4.0], [0.0]])
-    result = descend(objective, init, steps=10, lr=0.5, tol=0.1, record=True)
+    result = descend(objective, init, args=(target,), steps=10, lr=0.5, tol=0.1, record=True)
     expected = [[1, 0.5, 0.25], [4, 2, 1, 0.5, 0.25], [0]]
     for b, points in enumerate(expected):
         assert result.trajectory[:, b, 0].tolist() == points + points[-1:] * (11 - len(points))
     assert result.trajectory.shape == (11, 3, 1)
     assert torch.equal(result.loss, 0.5 * result.trajectory[:-1, :, 0].square())
     assert torch.equal(result.grad_norm, result.trajectory[:-1, :, 0].abs())
-    assert calls == 5
+    assert calls == [3, 2, 2, 1, 1]  # samples under way
 
 
 @BOTH_DERIVATIVES
@@ -199,8 +220,9 @@ def test_tol_gives_the_same_compiled(differentiate: str) -> None:
 
     def run(init: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         result = descend(
-            lambda y: 0.5 * ((y @ weight).tanh() - z.tanh()).square().sum(1),
+            lambda y, z: 0.5 * ((y @ weight).tanh() - z.tanh()).square().sum(1),
             init,
+            args=(z,),
             steps=6,
             lr=0.5,
             momentum=0.9,
@@ -254,7 +276,13 @@ def test_implicit_gradient_is_that_of_one_step(gradient: str, bounds: tuple[floa
     options = {"lr": 0.5, "momentum": 0.9, "nesterov": True, "grad_clip": 0.5}
     options["project"] = None if bounds is None else lambda y: y.clamp(*bounds)
     result = descend(
-        problem.objective, problem.init, steps=steps, **options, differentiate="implicit", gradient=gradient
+        problem.objective,
+        problem.init,
+        args=(problem.z,),
+        steps=steps,
+        **options,
+        differentiate="implicit",
+        gradient=gradient,
     )
     points = problem.literally(steps=steps, **options).trajectory.detach()
     assert_close(result.value, points[-1])
@@ -306,10 +334,10 @@ def test_implicit_gradient_reaches_init_through_an_objective_that_holds_it(gradi
 def test_implicit_records_detached() -> None:
     problem = Problem(2)
     options = {"steps": 3, "lr": 0.5, "record": True}
-    implicit = descend(problem.objective, problem.init, **options, differentiate="implicit")
+    implicit = descend(problem.objective, problem.init, args=(problem.z,), **options, differentiate="implicit")
     assert implicit.value.requires_grad
     assert not any(part.requires_grad for part in implicit[1:])
-    assert_close(implicit, descend(problem.objective, problem.init, **options))
+    assert_close(implicit, descend(problem.objective, problem.init, args=(problem.z,), **options))
 
 
 # Modes
@@ -325,6 +353,7 @@ def test_values_are_the_same_without_grad_mode(options: dict[str, Any], differen
         return descend(
             problem.objective,
             problem.init,
+            args=(problem.z,),
             steps=4,
             lr=0.5,
             **options,
@@ -360,6 +389,7 @@ def test_memory_grows_with_steps_only_where_they_are_unrolled(mode: str, gradien
         descend(
             problem.objective,
             problem.init,
+            args=(problem.z,),
             steps=12,
             lr=0.1,
             project=project,
@@ -374,8 +404,9 @@ def test_memory_grows_with_steps_only_where_they_are_unrolled(mode: str, gradien
 def test_dtypes_are_kept(dtype: torch.dtype, differentiate: str) -> None:
     z = torch.randn(2, 3, dtype=dtype, requires_grad=True)
     result = descend(
-        lambda y: 0.5 * (y.float() - z.float()).square().sum(1),
+        lambda y, z: 0.5 * (y.float() - z.float()).square().sum(1),
         torch.zeros(2, 3, dtype=dtype),
+        args=(z,),
         steps=8,
         lr=0.5,
         momentum=0.3,
@@ -447,7 +478,7 @@ START = torch.zeros(2, 3)
         (TypeError, r"`steps` must be an integer, got 2.5 \(float\)", {"steps": 2.5}),
         (ValueError, "`lr` must be positive, got 0", {"lr": 0}),
         (ValueError, "`lr` must be positive, got nan", {"lr": float("nan")}),
-        (TypeError, r"`lr` must be a number, got '1' \(str\)", {"lr": "1"}),
+        (TypeError, r"`lr` must be a number or a StepRule, got '1' \(str\)", {"lr": "1"}),
         (ValueError, "`momentum` must be at least 0, got -0.1", {"momentum": -0.1}),
         (ValueError, "`momentum` must be positive when `nesterov` is True, got 0", {"nesterov": True}),
         (ValueError, "`grad_clip` must be positive, got 0", {"grad_clip": 0}),
@@ -502,7 +533,7 @@ def test_tol_does_not_hide_a_value_that_is_no_number() -> None:
 
 def outer_gradients(problem: Problem, **options: Any) -> tuple[Tensor, ...]:
     """Of every point, objective and gradient norm together."""
-    result = descend(problem.objective, problem.init, steps=6, lr=0.7, record=True, **options)
+    result = descend(problem.objective, problem.init, args=(problem.z,), steps=6, lr=0.7, record=True, **options)
     total = sum((part.square().sum() for part in result), torch.zeros(()))
     return torch.autograd.grad(total, problem.inputs, create_graph=True)
 
@@ -520,7 +551,11 @@ def test_checkpoint_gives_the_same_gradients(options: dict[str, Any]) -> None:
 
 def test_checkpoint_keeps_the_graph_for_a_second_backward_pass() -> None:
     problem = Problem(batch=3)
-    value = descend(problem.objective, problem.init, steps=4, lr=0.7, checkpoint=True).value.square().sum()
+    value = (
+        descend(problem.objective, problem.init, args=(problem.z,), steps=4, lr=0.7, checkpoint=True)
+        .value.square()
+        .sum()
+    )
     first = torch.autograd.grad(value, problem.inputs, retain_graph=True)
     assert_close(torch.autograd.grad(value, problem.inputs), first)
 
@@ -584,7 +619,7 @@ def test_checkpoint_refuses_parameters_that_an_optimizer_has_changed() -> None:
     problem = Problem(batch=3)
     problem.weight = problem.weight.detach().requires_grad_()
     optimizer = torch.optim.SGD([problem.weight], lr=1e-6)  # too little to be seen in the values
-    value = descend(problem.objective, problem.init, steps=2, lr=0.7, checkpoint=True).value
+    value = descend(problem.objective, problem.init, args=(problem.z,), steps=2, lr=0.7, checkpoint=True).value
     problem.weight.grad = torch.ones_like(problem.weight)
     optimizer.step()
     with pytest.raises(RuntimeError, match="`checkpoint` needs parameters that stay as they are"):
@@ -614,7 +649,7 @@ def test_checkpoint_breaks_the_graph_of_a_compiled_descent(options: dict[str, An
     problem = Problem(batch=3)
 
     def run(init: Tensor) -> Tensor:
-        return functional.descend(problem.objective, init, steps=3, lr=0.7, checkpoint=True, **options).value
+        return descend(problem.objective, init, args=(problem.z,), steps=3, lr=0.7, checkpoint=True, **options).value
 
     compiled, eager = torch.compile(run, backend="aot_eager")(problem.init), run(problem.init)
     assert_close(compiled, eager)
@@ -631,9 +666,10 @@ def test_vmap_runs_descents_side_by_side(options: dict[str, Any], differentiate:
     problem, weights = Problem(3), torch.randn(4, FEATURES, FEATURES, **DOUBLE)
 
     def run(weight: Tensor) -> Tensor:
-        return functional.descend(
-            lambda y: 0.5 * ((y @ weight.t()).tanh() - problem.z).square().sum(1),
+        return descend(
+            lambda y, z: 0.5 * ((y @ weight.t()).tanh() - z).square().sum(1),
             problem.init,
+            args=(problem.z,),
             steps=4,
             lr=0.5,
             differentiate=differentiate,
@@ -673,7 +709,14 @@ def test_a_result_requires_a_gradient_where_something_outside_does(
     if wanted == "z":
         problem.z = problem.z * 1  # as behind a backbone
     result = descend(
-        problem.objective, problem.init, steps=3, lr=0.5, gradient=gradient, differentiate=differentiate, record=True
+        problem.objective,
+        problem.init,
+        args=(problem.z,),
+        steps=3,
+        lr=0.5,
+        gradient=gradient,
+        differentiate=differentiate,
+        record=True,
     )
     expected = wanted in ("weight", "z") or (wanted == "init" and differentiate == "unrolled")
     assert result.value.requires_grad == expected

@@ -1,0 +1,119 @@
+"""Step rules: what the descent asks of them, and what theirs is."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from setpred.functional import Gradient, GradientDescent, PolyakDescent, StepRule, descend
+
+
+class HeavyBall:
+    """A rule that a user writes, with a state of two parts, one of them of another shape than the point."""
+
+    def __init__(self, lr: float, momentum: float) -> None:
+        self.lr, self.momentum = lr, momentum
+
+    def init(self, y: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+        return y, torch.zeros(len(y[0]), dtype=torch.long, device=y[0].device)
+
+    def step(self, y: tuple[Tensor, ...], gradient: Gradient, state: Any) -> tuple[tuple[Tensor, ...], Any]:
+        before, count = state
+        moved = tuple(
+            part - self.lr * g + self.momentum * (part - old)
+            for part, g, old in zip(y, gradient.grad, before, strict=True)
+        )
+        return moved, (y, count + 1)
+
+
+def half_square(y: Tensor, scale: Tensor) -> Tensor:
+    return 0.5 * scale * y.square().sum(1)
+
+
+def curvatures(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("tol", [None, 1e-3])
+@pytest.mark.parametrize("differentiate", ["unrolled", "implicit"])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_rule_of_ones_own_takes_the_place(tol: float | None, differentiate: str, checkpoint: bool) -> None:
+    if checkpoint and differentiate == "implicit":
+        pytest.skip("refused")
+    scale = curvatures(0.1, 1.0, 0.5).requires_grad_()
+    start = torch.ones(3, 2, dtype=torch.float64)
+    options = {"args": (scale,), "steps": 30, "tol": tol, "differentiate": differentiate, "checkpoint": checkpoint}
+    own = descend(half_square, start, lr=HeavyBall(0.5, 0.4), record=True, **options)
+    ours = descend(half_square, start, lr=GradientDescent(0.5, momentum=0.4), record=True, **options)
+    torch.testing.assert_close(tuple(own), tuple(ours), rtol=1e-12, atol=1e-12)
+    of_own, of_ours = (torch.autograd.grad(result.value.sum(), scale)[0] for result in (own, ours))
+    torch.testing.assert_close(of_own, of_ours, rtol=1e-12, atol=1e-12)
+    assert of_own.any()
+
+
+def test_rules_are_known_by_their_methods() -> None:
+    assert isinstance(HeavyBall(1, 0), StepRule)
+    assert isinstance(GradientDescent(1.0), StepRule)
+    assert isinstance(PolyakDescent(), StepRule)
+    assert not isinstance(0.1, StepRule)
+    with pytest.raises(TypeError, match=r"`lr` must be a number or a StepRule, got None \(NoneType\)"):
+        descend(lambda y: y.square().sum(1), torch.ones(1, 1), steps=1, lr=None)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_polyak_needs_no_scale(size: float) -> None:
+    """Of a quadratic with curvatures a hundredfold apart, wherever they lie; a fixed step has to know where."""
+    scale = size * curvatures(1.0, 10.0, 100.0)
+    objective = lambda y: 0.5 * (scale * y.square()).sum(1)  # noqa: E731
+    start = torch.ones(1, 3, dtype=torch.float64)
+    result = descend(objective, start, steps=100, lr=PolyakDescent(math.inf), record=True)
+    assert objective(result.value) < 1e-4 * objective(start)
+    unit = descend(lambda y: objective(y) / size, start, steps=10, lr=PolyakDescent(math.inf)).value
+    torch.testing.assert_close(result.trajectory[10], unit, rtol=1e-9, atol=1e-12)
+
+
+def test_polyak_is_bounded_where_the_minimum_is_not_zero() -> None:
+    objective = lambda y: 1.0 + 0.5 * y.square().sum(1)  # noqa: E731
+    start = torch.full((1, 2), 3.0, dtype=torch.float64)
+    result = descend(objective, start, steps=200, lr=PolyakDescent(1.0, momentum=0.5), record=True)
+    assert result.value.abs().max() < 1e-6
+    assert result.trajectory.isfinite().all()
+    unbounded = descend(objective, start, steps=200, lr=PolyakDescent(1e9, momentum=0.5), record=True)
+    assert unbounded.trajectory[-20:].abs().max() > 10  # what the bound is for
+
+
+def test_polyak_stands_still_and_stays_differentiable_where_there_is_no_gradient() -> None:
+    z = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    start = torch.stack([torch.zeros(3), torch.ones(3)]).double()
+    result = descend(
+        lambda y, z: 0.5 * (y - z).square().sum(1), start, args=(z,), steps=4, lr=PolyakDescent(2.0), record=True
+    )
+    assert torch.equal(result.value[0], start[0])
+    (of_z,) = torch.autograd.grad(result.value.sum(), z)
+    assert of_z.isfinite().all()
+    assert of_z.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_polyak_keeps_dtypes(dtype: torch.dtype) -> None:
+    start = torch.ones(2, 3, dtype=dtype)
+    value = descend(lambda y: 0.5 * y.float().square().sum(1), start, steps=20, lr=PolyakDescent(10.0)).value
+    assert value.dtype == dtype
+    assert value.abs().max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("message", "make"),
+    [
+        ("`max_lr` must be positive, got 0", lambda: PolyakDescent(0)),
+        ("`momentum` must be at least 0, got -1", lambda: PolyakDescent(momentum=-1)),
+        ("`lr` must be positive, got 0", lambda: GradientDescent(0)),
+        ("`momentum` must be positive when `nesterov` is True, got 0", lambda: GradientDescent(1.0, nesterov=True)),
+        ("`grad_clip` must be positive, got -1", lambda: GradientDescent(1.0, grad_clip=-1)),
+    ],
+)
+def test_refuses(message: str, make: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
