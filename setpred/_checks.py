@@ -56,10 +56,10 @@ def check_shape(name: str, value: Tensor, *shape: int | str) -> None:
 
 
 def check_channels(name: str, value: Tensor, channels: int) -> None:
-    """Raise unless ``value`` is a floating tensor whose last dimension is ``channels``."""
+    """Raise unless ``value`` is a floating tensor of as many ``channels`` as a scaler has."""
     check_tensor(name, value)
     if value.shape[-1:] != (channels,):
-        raise ValueError(f"`{name}` must have shape (..., {channels}), got {_described(value)}")
+        raise ValueError(f"`{name}` must have the scaler's {channels} channels, got {_described(value)}")
 
 
 def check_mask(name: str, mask: Tensor | None, shape: torch.Size | tuple[int, ...]) -> None:

@@ -203,3 +203,23 @@ class StandardScaler(nn.Module):
     @override
     def extra_repr(self) -> str:
         return str(self.channels)
+
+
+def check_scaler(scaler: object, channels: int | None = None) -> None:
+    """Raise unless ``scaler`` is None or a scaler, of as many channels where that is known."""
+    if scaler is None:
+        return
+    if not isinstance(scaler, StandardScaler):
+        raise TypeError(f"`scaler` must be a StandardScaler or None, got {scaler!r} ({type(scaler).__name__})")
+    if channels is not None and scaler.channels != channels:
+        raise ValueError(f"`scaler` must have as many channels as the elements, {channels}, got {scaler.channels}")
+
+
+def scaled(elements: Tensor, scaler: StandardScaler | None) -> Tensor:
+    """Elements in the coordinates in which decoders and losses work."""
+    return elements if scaler is None else cast(Tensor, scaler(elements))
+
+
+def unscaled(elements: Tensor, scaler: StandardScaler | None) -> Tensor:
+    """Elements in the coordinates that users see."""
+    return elements if scaler is None else scaler.inverse(elements)

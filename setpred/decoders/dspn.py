@@ -25,6 +25,7 @@ from setpred.encoders.base import SetEncoder, parameter_dtype
 from setpred.functional._recompute import check_versions, uncompiled
 from setpred.functional.descent import Descent, descend, outside_inference
 from setpred.losses.representation import KINDS, Kind, representation_loss
+from setpred.scaler import StandardScaler, check_scaler, scaled, unscaled
 from setpred.sets import SetPrediction, Trajectory
 
 Init = Tensor | tuple[Tensor, Tensor]
@@ -75,11 +76,14 @@ class DSPNDecoder(nn.Module):
             drawn at each call), or a module from z to elements ``(B, N, C)``, or to elements and mask ``(B, N)``. Masks
             start at 0.5 unless the module gives them. Other sets than the learned one are carried in the dtype of the
             encoder's parameters, if it has any.
+        scaler: Standardises elements: the descent, the encoder, the anchor and the learned or random :math:`Y_0` are in
+            its coordinates; what is returned or given as ``init``, and what ``project`` sees, are in the users'. See
+            :class:`setpred.StandardScaler`.
         device: Device of the learned :math:`Y_0`.
         dtype: Dtype of the learned :math:`Y_0`.
 
     Raises:
-        ValueError: If a number is out of its range or a choice is unknown.
+        ValueError: If a number is out of its range, a choice is unknown, or ``scaler`` has other channels.
 
     Example:
         >>> from setpred import DSPNDecoder, PooledEncoder
@@ -114,6 +118,7 @@ class DSPNDecoder(nn.Module):
         differentiate: Literal["unrolled", "implicit"] = "unrolled",
         checkpoint: bool = False,
         init: Literal["learned", "random"] | nn.Module = "learned",
+        scaler: StandardScaler | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -137,6 +142,7 @@ class DSPNDecoder(nn.Module):
             raise ValueError("`checkpoint` must be False when `differentiate` is 'implicit', which keeps but one step")
         if not isinstance(init, nn.Module):
             check_choice("init", init, ("learned", "random"))
+        check_scaler(scaler, channels)
         self.encoder = encoder
         self.iters, self.lr, self.mask_clamp = iters, lr, mask_clamp
         self.set_size, self.channels = set_size, channels
@@ -145,7 +151,7 @@ class DSPNDecoder(nn.Module):
         self.anchor, self.grad_clip, self.project, self.tol = anchor, grad_clip, project, tol
         self.differentiate: Literal["unrolled", "implicit"] = differentiate
         self.checkpoint = checkpoint
-        self.init = init
+        self.init, self.scaler = init, scaler
         if init == "learned":
             self.initial_elements = nn.Parameter(
                 torch.empty(set_size, channels, device=device, dtype=dtype),
@@ -268,8 +274,8 @@ class DSPNDecoder(nn.Module):
         ones = z.new_ones(elements.shape[:2], dtype=elements.dtype)
         elements, mask = descent.value if mask is not None else (*descent.value, ones)
         if descent.trajectory is None or descent.loss is None or descent.grad_norm is None:
-            return SetPrediction(elements, mask, None)
-        steps = descent.trajectory[0]
+            return SetPrediction(unscaled(elements, self.scaler), mask, None)
+        elements, steps = unscaled(elements, self.scaler), unscaled(descent.trajectory[0], self.scaler)
         masks = descent.trajectory[1] if len(descent.trajectory) > 1 else ones.expand(len(steps), *ones.shape)
         return SetPrediction(elements, mask, Trajectory(steps, masks, descent.loss, descent.grad_norm))
 
@@ -279,6 +285,7 @@ class DSPNDecoder(nn.Module):
         # The descent is carried in the precision of the encoder, whatever autocast made of z or of the module's result.
         dtype = parameter_dtype(self.encoder)
         given: Any = init
+        own = init is None and not isinstance(self.init, nn.Module)
         if given is None:
             if self.initial_elements is not None:
                 given = self.initial_elements.expand(shape)
@@ -289,6 +296,7 @@ class DSPNDecoder(nn.Module):
         elements, mask = given if isinstance(given, tuple) else (given, None)
         check_shape("init elements", elements, *shape)
         check_mask("init mask", mask, shape[:2])
+        elements = elements if own else scaled(elements, self.scaler)
         elements = outside_inference(elements.to(dtype or elements.dtype))
         if self.mask_clamp is None:
             if mask is not None:
@@ -344,7 +352,10 @@ class DSPNDecoder(nn.Module):
             )
 
     def _project(self, elements: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return (elements, mask) if self.project is None else self.project(elements, mask)
+        if self.project is None:
+            return elements, mask
+        allowed, mask = self.project(unscaled(elements, self.scaler), mask)
+        return scaled(allowed, self.scaler).to(elements.dtype), mask
 
     @override
     def extra_repr(self) -> str:
