@@ -11,6 +11,7 @@ from setpred._checks import as_presence, check_channels, check_count, check_mask
 from setpred.functional._precision import common_dtype
 
 Batch = tuple[Tensor, Tensor | None]
+PAIRS = "`elements` must be a tensor or an iterable of pairs (elements, mask)"
 
 
 class StandardScaler(nn.Module):
@@ -104,11 +105,9 @@ class StandardScaler(nn.Module):
 
         Source: Chan, Golub, LeVeque, Updating formulae and a pairwise algorithm for computing sample variances (1979).
         """
-        if not isinstance(elements, Tensor) and mask is not None:
-            raise ValueError("`mask` must be None where `elements` is an iterable of pairs (elements, mask)")
         count, mean, squares = 0, self._double(0), self._double(0)
         low, high, binary = self._double(torch.inf), self._double(-torch.inf), self.location == self.location
-        for rows in map(self._present, [(elements, mask)] if isinstance(elements, Tensor) else elements):
+        for rows in map(self._present, _batches(elements, mask)):
             if len(rows) == 0:
                 continue
             total = count + len(rows)
@@ -121,9 +120,10 @@ class StandardScaler(nn.Module):
             count = total
         if count == 0:
             raise ValueError("`elements` must have a present element to learn from, got none")
-        resolution = torch.finfo(self.location.dtype).eps * torch.maximum(low.abs(), high.abs())
+        # What spreads over a few roundings only, as the difference of two numbers that is always the same.
+        constant = high - low <= 16 * torch.finfo(self.scale.dtype).eps * torch.maximum(low.abs(), high.abs())
         location = mean.masked_fill(binary, 0).to(self.location.dtype)
-        scale = (squares / count).sqrt().masked_fill(binary | (high - low <= resolution), 1).to(self.scale.dtype)
+        scale = (squares / count).sqrt().masked_fill(binary | constant, 1).to(self.scale.dtype)
         held = location.isfinite() & scale.isfinite() & (scale > 0)
         if not bool(held.all()):
             channel = int(held.logical_not().nonzero()[0])
@@ -142,10 +142,7 @@ class StandardScaler(nn.Module):
     def _present(self, batch: object) -> Tensor:
         """Present elements of a batch as rows (n, C), in float64."""
         if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise TypeError(
-                "`elements` must be a tensor or an iterable of pairs (elements, mask), got one of "
-                f"{type(batch).__name__}: fit(elements, mask), fit((target, mask) for ... in loader)"
-            )
+            raise TypeError(f"{PAIRS}, got one of {type(batch).__name__}")
         elements, mask = cast(Batch, tuple(batch))
         check_channels("elements", elements, self.channels)
         rows = elements[as_presence("mask", mask, elements)].to(self.location.device, torch.float64)
@@ -203,6 +200,17 @@ class StandardScaler(nn.Module):
     @override
     def extra_repr(self) -> str:
         return str(self.channels)
+
+
+def _batches(elements: Tensor | Iterable[Batch], mask: Tensor | None) -> Iterable[object]:
+    if isinstance(elements, Tensor):
+        return [(elements, mask)]
+    if mask is not None:
+        raise ValueError("`mask` must be None where `elements` is an iterable of pairs (elements, mask)")
+    try:
+        return iter(elements)
+    except TypeError as error:
+        raise TypeError(f"{PAIRS}, got {type(elements).__name__}") from error
 
 
 def check_scaler(scaler: object, channels: int | None = None) -> None:
