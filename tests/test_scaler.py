@@ -1,6 +1,7 @@
 """StandardScaler: what it learns, how it maps, and what it refuses."""
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_a_stream_of_batches_is_the_whole(seed: int, parts: int) -> None:
     mask[-1] = False  # the last batch may be one of nothing
     whole = StandardScaler(4, **DOUBLE).fit(elements, mask)
     ends = [0, *sorted(torch.randint(10, (parts,)).tolist()), 9]
-    stream = [(elements[a:b], mask[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+    stream = [(elements[a:b], mask[a:b]) for a, b in itertools.pairwise(ends)]
     scaler = StandardScaler(4, **DOUBLE).fit(iter(stream))
     for name, buffer in whole.named_buffers():
         torch.testing.assert_close(scaler.get_buffer(name), buffer, rtol=1e-9, atol=1e-9)
@@ -122,7 +123,8 @@ def test_order_and_padding_do_not_matter() -> None:
 def test_channels_without_a_scale() -> None:
     classes = nn.functional.one_hot(torch.arange(6) % 3, 4).float()  # the fourth class is never there
     numbers = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 0.1]).unsqueeze(1)
-    rounded = (1.0 + numbers) - torch.arange(6).div(7).add(1).unsqueeze(1) + torch.arange(6).div(7).unsqueeze(1)
+    left = torch.arange(6).div(7).unsqueeze(1)
+    rounded = (left + numbers) - left  # as widths of boxes
     signs = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0]).unsqueeze(1)
     assert rounded.unique().numel() > 1
     scaler = StandardScaler(8).fit(torch.cat([classes, numbers, rounded, signs, torch.ones(6, 1)], 1))
