@@ -430,7 +430,8 @@ def test_stacked_parameters(name: str, shared: bool) -> None:
     """An ensemble: V modules on one batch, or on one each; values, and gradients of each member's parameters."""
     make, shape = module_cases()[name]
     modules = [make() for _ in range(V)]
-    parameters = {name: p.detach() for name, p in stack_module_state(modules)[0].items()}
+    trained, buffers = stack_module_state(modules)
+    parameters = {name: p.detach() for name, p in (trained | buffers).items()}
     x = torch.randn(*shape) if shared else torch.randn(V, *shape)
 
     def call(parameters: dict[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
