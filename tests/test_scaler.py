@@ -132,9 +132,10 @@ def test_channels_without_a_scale() -> None:
     assert scaler.scale.tolist() == [1] * 8
 
 
-def test_a_flag_of_one_batch_may_be_none_of_another() -> None:
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_flag_of_one_batch_may_be_none_of_another(order: int) -> None:
     batches = [(torch.tensor([[0.0], [1.0]]), None), (torch.tensor([[5.0]]), None)]
-    scaler = StandardScaler(1).fit(batches)
+    scaler = StandardScaler(1).fit(batches[::order])
     assert scaler.location.item() == 2
     torch.testing.assert_close(scaler.scale.item(), (14 / 3) ** 0.5)
 
