@@ -1,6 +1,7 @@
 """Slow, literal transcriptions of the formulas: loops over samples, features, ranks, pairs and steps."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -169,6 +170,19 @@ def representation_loss(representation: Tensor, target: Tensor, kind: str) -> Te
         for b in range(batch)
     ]
     return torch.stack(per_sample) / features
+
+
+def moments(elements: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel over the present elements; none of channels that have no scale."""
+    location, scale = [], []
+    for c in range(elements.shape[2]):
+        present = [elements[s, i, c].item() for s, i in mask.nonzero().tolist()]
+        mean = math.fsum(present) / len(present)
+        deviation = (math.fsum((x - mean) ** 2 for x in present) / len(present)) ** 0.5
+        flag, constant = set(present) <= {0.0, 1.0}, len(set(present)) == 1
+        location.append(0.0 if flag else mean)
+        scale.append(1.0 if flag or constant else deviation)
+    return elements.new_tensor(location), elements.new_tensor(scale)
 
 
 def pair_cost(x: Tensor, y: Tensor, kind: str) -> Tensor:

@@ -31,6 +31,7 @@ from setpred import (
     RepresentationLoss,
     SetPrediction,
     SinkhornLoss,
+    StandardScaler,
     Trajectory,
     functional,
     hungarian_loss,
@@ -75,6 +76,11 @@ def inputs(*shapes: tuple[int, ...]) -> Iterator[Tensor]:
     """The same numbers in every process."""
     generator = torch.Generator().manual_seed(1)
     return (torch.rand(shape, generator=generator) for shape in shapes)
+
+
+def fitted_scaler() -> StandardScaler:
+    (elements,) = inputs((9, C))
+    return StandardScaler(C).fit(3 + 2 * elements)
 
 
 def encode(encoder: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -151,6 +157,7 @@ def things() -> Iterator[tuple[str, Case]]:
         {"init": nn.Sequential(nn.Linear(D, N * C), nn.Unflatten(1, (N, C))), "checkpoint": True},
         {"project": in_the_unit_box, "mask_clamp": None, "repr_loss": "mse"},
         {"differentiate": "implicit", "anchor": 0.1},
+        {"scaler": fitted_scaler(), "project": in_the_unit_box},
     ]
     for number, option in enumerate(options):
         decoder = DSPNDecoder(encoder, 3, **({"lr": 1.0, "set_size": N, "channels": C} | option))
@@ -161,6 +168,8 @@ def things() -> Iterator[tuple[str, Case]]:
     for clamp in ((0.0, 1.0), None):
         yield f"MLPDecoder:{clamp}", Case(MLPDecoder(D, N, C, 8, mask_clamp=clamp), decode)
         yield f"LSTMDecoder:{clamp}", Case(LSTMDecoder(D, N, C, 8, mask_clamp=clamp), decode)
+    yield "MLPDecoder:scaler", Case(MLPDecoder(D, N, C, 8, scaler=fitted_scaler()), decode)
+    yield "LSTMDecoder:scaler", Case(LSTMDecoder(D, N, C, 8, scaler=fitted_scaler()), decode)
 
     # With presence="feature", the mask is the last channel.
     composed = sum_costs(on_channels("l1", slice(0, 2), weight=5.0), on_channels(cross_entropy_cost, [2, -1]))
@@ -177,6 +186,18 @@ def things() -> Iterator[tuple[str, Case]]:
         yield f"RepresentationLoss:{kind}", Case(RepresentationLoss(kind, reduction="none"), compare_vectors)
     for kind, set_loss in (("module", HungarianLoss(composed)), ("function", hungarian_loss)):
         yield f"DSPNLoss:{kind}", Case(DSPNLoss(encoder, set_loss, steps="last"), charge_prediction)
+
+    yield "StandardScaler", Case(fitted_scaler(), encode)
+    for name, loss in {
+        "HungarianLoss": HungarianLoss,
+        "ChamferLoss": ChamferLoss,
+        "SinkhornLoss": SinkhornLoss,
+    }.items():
+        yield f"{name}:scaler", Case(loss(scaler=fitted_scaler()), charge)
+    yield (
+        "DSPNLoss:scaler",
+        Case(DSPNLoss(encoder, hungarian_loss, steps="last", scaler=fitted_scaler()), charge_prediction),
+    )
 
     yield "on_channels", Case(on_channels("mse", range(2), weight=0.5), compare_all_pairs)
     yield "sum_costs", Case(sum_costs("l1", on_channels(cross_entropy_cost, [0, -1])), compare_all_pairs)
@@ -258,12 +279,14 @@ def test_every_public_class_has_a_case() -> None:
 
 
 def test_what_is_shared_stays_shared() -> None:
-    encoder, cost = PooledEncoder(C, D, 8), LearnedCost()
-    decoder = DSPNDecoder(encoder, 2, set_size=N, channels=C)
-    loss = DSPNLoss(encoder, HungarianLoss(sum_costs(cost, on_channels(cost, [-1]))), steps="last")
+    encoder, cost, scaler = PooledEncoder(C, D, 8), LearnedCost(), fitted_scaler()
+    decoder = DSPNDecoder(encoder, 2, set_size=N, channels=C, scaler=scaler)
+    set_loss = HungarianLoss(sum_costs(cost, on_channels(cost, [-1])))
+    loss = DSPNLoss(encoder, set_loss, steps="last", scaler=scaler)
     for carry in (copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing)), by_save):
         one, other = carry((decoder, loss))
         assert other._encoder[0] is one.encoder is not encoder
+        assert other.scaler is one.scaler is not scaler
         first, second = other.set_loss.cost.costs
         assert first is second.cost is not cost
 

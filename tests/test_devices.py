@@ -28,6 +28,7 @@ from setpred import (
     RelationEncoder,
     RepresentationLoss,
     SinkhornLoss,
+    StandardScaler,
     functional,
     metrics,
     pad_sets,
@@ -71,6 +72,21 @@ def dspn(preset: str = "paper", **options: Any) -> Case:
     return make
 
 
+def fitted(elements: Tensor, mask: Tensor) -> Tensor:
+    return StandardScaler(3, device=elements.device, dtype=elements.dtype).fit(elements, mask)(elements)
+
+
+def scaled() -> Call:
+    """A decoder and losses with a scaler, which is set by hand: fitting looks at values."""
+    scaler = StandardScaler(3)
+    scaler.location.fill_(2)
+    decoder = DSPNDecoder(
+        PooledEncoder(3, 8, 16), 3, 1.0, set_size=5, channels=3, scaler=scaler, project=lambda x, mask: (x.relu(), mask)
+    )
+    loss = DSPNLoss(decoder.encoder, ChamferLoss(), scaler=scaler)
+    return called(lambda z, y, m: loss(decoder(z), y, m, z=z), torch.randn(2, 8), torch.rand(2, 5, 3), presence(2, 5))
+
+
 def sets() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.rand(2, 5, 3), torch.rand(2, 4, 3), torch.rand(2, 5), presence(2, 4)
 
@@ -102,6 +118,9 @@ def measured(make: Callable[[], metrics.AveragePrecision], channels: int) -> Cal
 
 # By public name, and what is particular to the case after a comma.
 CASES: dict[str, Case] = {
+    "StandardScaler": lambda: called(StandardScaler(3), torch.rand(2, 5, 3), presence(2, 5)),
+    "StandardScaler, inverse": lambda: called(StandardScaler(3).inverse, torch.rand(2, 5, 3), presence(2, 5)),
+    "StandardScaler, fit": lambda: called(fitted, torch.rand(2, 5, 3), presence(2, 5)),
     "FSPool": pool(),
     "FSPool, relaxed": pool(relaxed=0.5),
     "FSUnpool": lambda: called(FSUnpool(3), torch.rand(2, 3), torch.rand(2, 5, 3).argsort(1)),
@@ -113,6 +132,7 @@ CASES: dict[str, Case] = {
     "DSPNDecoder, idspn": dspn("idspn"),
     "DSPNDecoder, no mask": dspn(mask_clamp=None),
     "DSPNDecoder, random": dspn(init="random"),
+    "DSPNDecoder, scaler": scaled,
     "DSPNDecoder, tol": dspn(tol=0.1),
     "DSPNDecoder, checkpoint": dspn(checkpoint=True),
     "DSPNDecoder, project": dspn(
@@ -175,6 +195,7 @@ CASES: dict[str, Case] = {
 ALL = pytest.mark.parametrize("name", CASES)
 # The shape of what these give depends on values, or they look at values, or states of random numbers, to go on.
 NEED_VALUES = (
+    "StandardScaler, fit",
     "DSPNDecoder, tol",
     "DSPNDecoder, checkpoint",
     "matched_pairs",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from setpred import DSPNDecoder, PooledEncoder, SetPrediction
+from setpred import DSPNDecoder, PooledEncoder, SetPrediction, StandardScaler
 from tests.processes import run_in_two_processes
 
 STEPS = 2  # a parameter that got no gradient in the first fails the second
@@ -20,7 +20,8 @@ class Model(nn.Module):
         torch.manual_seed(0)
         self.backbone = nn.Linear(5, 8)
         encoder = PooledEncoder(2, 8, 16)
-        self.decoder = getattr(DSPNDecoder, preset)(encoder, iters=4, lr=1.0, set_size=4, channels=2)
+        scaler = StandardScaler(2).fit(0.5 + 0.3 * torch.randn(9, 2))
+        self.decoder = getattr(DSPNDecoder, preset)(encoder, iters=4, lr=1.0, set_size=4, channels=2, scaler=scaler)
         self.double()
 
     def forward(self, x: Tensor) -> SetPrediction:

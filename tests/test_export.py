@@ -12,7 +12,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from setpred import DSPNDecoder, GradientDescent, LSTMDecoder, MLPDecoder, PooledEncoder, RelationEncoder, SetPrediction
+from setpred import (
+    DSPNDecoder,
+    GradientDescent,
+    LSTMDecoder,
+    MLPDecoder,
+    PooledEncoder,
+    RelationEncoder,
+    SetPrediction,
+    StandardScaler,
+)
 from setpred.export import to_onnx, to_program
 
 BATCHES = [1, 2, 7]  # the example has 3
@@ -67,6 +76,10 @@ def in_onnx_runtime(path: Path) -> Callable[[Tensor], list]:
     return lambda x: session.run(None, {name: x.numpy()})
 
 
+def fitted_scaler() -> StandardScaler:
+    return StandardScaler(2).fit(torch.tensor([3.0, -1.0]) + torch.tensor([5.0, 0.2]) * torch.randn(99, 2))
+
+
 # Half a minute each: one of each encoder and recipe; test_program goes through more.
 @pytest.mark.parametrize(("make_encoder", "recipe"), [(PooledEncoder, "paper"), (RelationEncoder, "idspn")])
 def test_onnx_runtime(make_encoder: type[nn.Module], recipe: str, tmp_path: Path) -> None:
@@ -76,7 +89,7 @@ def test_onnx_runtime(make_encoder: type[nn.Module], recipe: str, tmp_path: Path
 
 
 def test_onnx_runtime_of_a_network_without_masks(tmp_path: Path) -> None:
-    model = Detector(decoder("paper", mask_clamp=None)).eval()
+    model = Detector(decoder("paper", mask_clamp=None, scaler=fitted_scaler())).eval()
     model.backbone[1].running_mean.uniform_()  # a buffer
     program = to_onnx(model, torch.randn(1, 3, 9, 9), tmp_path / "model.onnx")
     assert [x.name for x in program.model.graph.inputs] == ["image"]
@@ -90,6 +103,7 @@ def test_onnx_runtime_of_a_network_without_masks(tmp_path: Path) -> None:
         {"tol": 0.05},
         {"project": lambda elements, mask: (elements.clamp(0, 0.5), mask)},
         {"differentiate": "unrolled", "repr_loss": "huber", "lr": GradientDescent(1.0, 0.9, True, 0.01)},
+        {"scaler": fitted_scaler(), "project": lambda elements, mask: (elements.clamp(0, 3), mask)},
         {"init": nn.Sequential(nn.Linear(16, 10), nn.Unflatten(1, (5, 2)))},
     ],
     ids=lambda options: next(iter(options)),
@@ -119,7 +133,7 @@ def test_program_of_encoders_that_need_other_ways() -> None:
 
 @pytest.mark.parametrize("baseline", [MLPDecoder, LSTMDecoder])
 def test_program_of_the_baselines(baseline: type[nn.Module]) -> None:
-    model = baseline(16, 5, 2, 8).eval()
+    model = baseline(16, 5, 2, 8, scaler=fitted_scaler()).eval()
     assert_equal(model, to_program(model, torch.randn(3, 16)).module(), 16)
 
 
@@ -141,9 +155,10 @@ def test_several_inputs_and_a_trajectory() -> None:
 
 
 def test_a_saved_program_is_the_same_and_has_the_models_parameters() -> None:
-    model = decoder("paper")
+    model = decoder("paper", scaler=fitted_scaler())
     program = to_program(model, torch.randn(3, 16))
     assert program.state_dict.keys() == model.state_dict().keys()
+    assert "scaler.location" in program.state_dict
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)

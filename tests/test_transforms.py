@@ -23,6 +23,7 @@ from setpred import (
     MLPDecoder,
     PooledEncoder,
     RelationEncoder,
+    StandardScaler,
     chamfer_loss,
     functional,
     hungarian_loss,
@@ -202,6 +203,10 @@ def of_functions() -> Iterator[tuple[str, Case]]:
     )
 
 
+def fitted_scaler() -> StandardScaler:
+    return StandardScaler(C).fit(3 + 2 * torch.randn(99, C))
+
+
 ENCODERS = {
     "PooledEncoder": lambda **options: PooledEncoder(C, D, 8, **options),
     "RelationEncoder": lambda **options: RelationEncoder(C, D, 8, **options),
@@ -215,7 +220,16 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
     "DSPNDecoder:tol": lambda: DSPNDecoder(
         PooledEncoder(C, D, 8, pool="mean"), 3, 1.0, set_size=N, channels=C, tol=0.1, repr_loss="mse"
     ),
+    "DSPNDecoder:scaler": lambda: DSPNDecoder.idspn(
+        PooledEncoder(C, D, 8),
+        set_size=N,
+        channels=C,
+        iters=3,
+        scaler=fitted_scaler(),
+        project=lambda elements, mask: (elements.clamp(max=5), mask),
+    ),
     "MLPDecoder": lambda: MLPDecoder(D, N, C, 8),
+    "MLPDecoder:scaler": lambda: MLPDecoder(D, N, C, 8, scaler=fitted_scaler()),
 }
 
 
@@ -236,6 +250,10 @@ def of_modules() -> Iterator[tuple[str, Case]]:
             f"FSUnpool:{name}",
             Case(lambda x, mask, way=way: unpool(*way(x, mask, return_permutation=True), mask), (x, hard)),
         )
+    scaler = fitted_scaler()
+    for name, m in (("no mask", ()), ("hard", (hard,)), ("soft", (mask.round(decimals=1),))):
+        yield f"StandardScaler:{name}", Case(scaler, (x, *m), differentiable=name != "soft")
+        yield f"StandardScaler:inverse, {name}", Case(scaler.inverse, (x, *m), differentiable=name != "soft")
     z, target = torch.randn(V, B, D), torch.rand(V, B, N, C)
     for name, make in DECODERS.items():
         decoder = make()
@@ -244,6 +262,8 @@ def of_modules() -> Iterator[tuple[str, Case]]:
     yield "DSPNDecoder:init", Case(lambda z, y, m: decoder(z, init=(y, m)), (z, target, mask))
     loss = DSPNLoss(decoder.encoder, HungarianLoss())
     yield "DSPNLoss", Case(lambda z, y, m: loss(decoder(z), y, m, z=z), (z, target, hard))
+    unit = DSPNLoss(decoder.encoder, HungarianLoss(), scaler=scaler)
+    yield "DSPNLoss:scaler", Case(lambda z, y, m: unit(decoder(z), y, m, z=z), (z, target, hard))
 
 
 torch.manual_seed(0)
@@ -410,7 +430,8 @@ def test_stacked_parameters(name: str, shared: bool) -> None:
     """An ensemble: V modules on one batch, or on one each; values, and gradients of each member's parameters."""
     make, shape = module_cases()[name]
     modules = [make() for _ in range(V)]
-    parameters = {name: p.detach() for name, p in stack_module_state(modules)[0].items()}
+    trained, buffers = stack_module_state(modules)
+    parameters = {name: p.detach() for name, p in (trained | buffers).items()}
     x = torch.randn(*shape) if shared else torch.randn(V, *shape)
 
     def call(parameters: dict[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:

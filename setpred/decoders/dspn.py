@@ -26,6 +26,7 @@ from setpred.functional._recompute import check_versions, uncompiled
 from setpred.functional.descent import Descent, descend, outside_inference
 from setpred.functional.step import GradientDescent, StepRule, as_rule
 from setpred.losses.representation import KINDS, Kind, representation_loss
+from setpred.scaler import StandardScaler, check_scaler, scaled, unscaled
 from setpred.sets import SetPrediction, Trajectory
 
 Init = Tensor | tuple[Tensor, Tensor]
@@ -81,11 +82,14 @@ class DSPNDecoder(nn.Module):
         starts: Number of descents K, of which each sample keeps the one with the least representation loss at its end;
             the first is from :math:`Y_0`, the others from random sets, as ``"random"`` draws them. They run side by
             side; in eager mode with ``tol``, one after the other, for the samples whose loss is above it.
+        scaler: Standardises elements: the descent, the encoder, the anchor and the learned or random :math:`Y_0` are in
+            its coordinates; what is returned or given as ``init``, and what ``project`` sees, are in the users'. See
+            :class:`setpred.StandardScaler`.
         device: Device of the learned :math:`Y_0`.
         dtype: Dtype of the learned :math:`Y_0`.
 
     Raises:
-        ValueError: If a number is out of its range or a choice is unknown.
+        ValueError: If a number is out of its range, a choice is unknown, or ``scaler`` has other channels.
 
     Example:
         >>> from setpred import DSPNDecoder, PooledEncoder
@@ -118,6 +122,7 @@ class DSPNDecoder(nn.Module):
         checkpoint: bool = False,
         init: Literal["learned", "random"] | nn.Module = "learned",
         starts: int = 1,
+        scaler: StandardScaler | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -137,6 +142,7 @@ class DSPNDecoder(nn.Module):
         if not isinstance(init, nn.Module):
             check_choice("init", init, ("learned", "random"))
         check_count("starts", starts)
+        check_scaler(scaler, channels)
         self.encoder = encoder
         self.iters, self.lr, self.mask_clamp = iters, lr, mask_clamp
         self.set_size, self.channels = set_size, channels
@@ -144,7 +150,7 @@ class DSPNDecoder(nn.Module):
         self.anchor, self.project, self.tol = anchor, project, tol
         self.differentiate: Literal["unrolled", "implicit"] = differentiate
         self.checkpoint = checkpoint
-        self.init, self.starts = init, starts
+        self.init, self.starts, self.scaler = init, starts, scaler
         if init == "learned":
             self.initial_elements = nn.Parameter(
                 torch.empty(set_size, channels, device=device, dtype=dtype),
@@ -271,8 +277,8 @@ class DSPNDecoder(nn.Module):
         ones = z.new_ones(elements.shape[:2], dtype=elements.dtype)
         elements, mask = descent.value if mask is not None else (*descent.value, ones)
         if descent.trajectory is None or descent.loss is None or descent.grad_norm is None:
-            return SetPrediction(elements, mask, None)
-        steps = descent.trajectory[0]
+            return SetPrediction(unscaled(elements, self.scaler), mask, None)
+        elements, steps = unscaled(elements, self.scaler), unscaled(descent.trajectory[0], self.scaler)
         masks = descent.trajectory[1] if len(descent.trajectory) > 1 else ones.expand(len(steps), *ones.shape)
         return SetPrediction(elements, mask, Trajectory(steps, masks, descent.loss, descent.grad_norm))
 
@@ -282,6 +288,7 @@ class DSPNDecoder(nn.Module):
         # The descent is carried in the precision of the encoder, whatever autocast made of z or of the module's result.
         dtype = parameter_dtype(self.encoder)
         given: Any = init
+        own = init is None and not isinstance(self.init, nn.Module)
         if given is None:
             if self.initial_elements is not None:
                 given = self.initial_elements.expand(shape)
@@ -292,6 +299,7 @@ class DSPNDecoder(nn.Module):
         elements, mask = given if isinstance(given, tuple) else (given, None)
         check_shape("init elements", elements, *shape)
         check_mask("init mask", mask, shape[:2])
+        elements = elements if own else scaled(elements, self.scaler)
         elements = outside_inference(elements.to(dtype or elements.dtype))
         if self.mask_clamp is None:
             if mask is not None:
@@ -324,7 +332,7 @@ class DSPNDecoder(nn.Module):
             torch.Size([3])
         """
         mask = None if self.mask_clamp is None else prediction.mask
-        return self._loss(self.encoder(prediction.elements, mask), z)
+        return self._loss(self.encoder(scaled(prediction.elements, self.scaler), mask), z)
 
     def _loss(self, representation: Tensor, z: Tensor) -> Tensor:
         check_shape("encoder(elements, mask)", representation, *z.shape)
@@ -405,7 +413,10 @@ class DSPNDecoder(nn.Module):
             )
 
     def _project(self, elements: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return (elements, mask) if self.project is None else self.project(elements, mask)
+        if self.project is None:
+            return elements, mask
+        allowed, mask = self.project(unscaled(elements, self.scaler), mask)
+        return scaled(allowed, self.scaler).to(elements.dtype), mask
 
     @override
     def extra_repr(self) -> str:

@@ -6,6 +6,7 @@ from typing_extensions import override
 
 from setpred._checks import check_count, check_interval, check_shape, explained
 from setpred.decoders.mlp import as_prediction
+from setpred.scaler import StandardScaler, check_scaler
 from setpred.sets import SetPrediction
 
 
@@ -23,11 +24,13 @@ class LSTMDecoder(nn.Module):
         channels: Features C of an element, without the mask.
         hidden_channels: Width of the cell; the paper has 256 for MNIST, 512 for CLEVR.
         mask_clamp: Range of the predicted mask; None predicts no mask (sets of fixed size).
+        scaler: Standardises elements: the decoder works in its coordinates, and returns elements in the users'; see
+            :class:`setpred.StandardScaler`.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: If a number is out of its range.
+        ValueError: If a number is out of its range, or ``scaler`` has other channels.
 
     Example:
         >>> elements, mask, _ = LSTMDecoder(64, set_size=30, channels=2)(torch.randn(8, 64))
@@ -45,6 +48,7 @@ class LSTMDecoder(nn.Module):
         hidden_channels: int = 512,
         *,
         mask_clamp: tuple[float, float] | None = (0.0, 1.0),
+        scaler: StandardScaler | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -54,8 +58,9 @@ class LSTMDecoder(nn.Module):
         check_count("channels", channels)
         check_count("hidden_channels", hidden_channels)
         check_interval("mask_clamp", mask_clamp)
+        check_scaler(scaler, channels)
         self.in_channels, self.set_size, self.channels = in_channels, set_size, channels
-        self.mask_clamp = mask_clamp
+        self.mask_clamp, self.scaler = mask_clamp, scaler
         width = channels + int(mask_clamp is not None)
         self.cell = nn.Linear(in_channels, hidden_channels, device=device, dtype=dtype)
         self.lstm = nn.LSTM(1, hidden_channels, batch_first=True, device=device, dtype=dtype)
@@ -84,7 +89,7 @@ class LSTMDecoder(nn.Module):
         cell = self.cell(z).unsqueeze(0)
         with explained("LSTMDecoder", "PyTorch has rules for an LSTM in torch.func.grad only"):
             steps, _ = self.lstm(cell.new_zeros(len(z), self.set_size, 1), (torch.zeros_like(cell), cell))
-        return as_prediction(self.output(steps), self.channels, self.mask_clamp)
+        return as_prediction(self.output(steps), self.channels, self.mask_clamp, self.scaler)
 
     @override
     def extra_repr(self) -> str:

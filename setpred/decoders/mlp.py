@@ -6,16 +6,19 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from setpred._checks import check_count, check_interval, check_shape
+from setpred.scaler import StandardScaler, check_scaler, unscaled
 from setpred.sets import SetPrediction
 
 
-def as_prediction(output: Tensor, channels: int, mask_clamp: tuple[float, float] | None) -> SetPrediction:
+def as_prediction(
+    output: Tensor, channels: int, mask_clamp: tuple[float, float] | None, scaler: StandardScaler | None = None
+) -> SetPrediction:
     """Split a baseline's output (B, N, C[+1]) into elements and mask.
 
     As published, 1 is added to the mask: without it, outputs get stuck at zero. The value is clamped but the derivative
     is that of the unclamped output, since a clamp would leave an output that starts above 1 there for good.
     """
-    elements = output[..., :channels]
+    elements = unscaled(output[..., :channels], scaler)
     if mask_clamp is None:
         return SetPrediction(elements, torch.ones_like(output[..., 0]))
     mask = output[..., channels] + 1
@@ -35,11 +38,13 @@ class MLPDecoder(nn.Module):
         channels: Features C of an element, without the mask.
         hidden_channels: Width of the two hidden layers; the paper has 256 for MNIST, 512 for CLEVR.
         mask_clamp: Range of the predicted mask; None predicts no mask (sets of fixed size).
+        scaler: Standardises elements: the decoder works in its coordinates, and returns elements in the users'; see
+            :class:`setpred.StandardScaler`.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: If a number is out of its range.
+        ValueError: If a number is out of its range, or ``scaler`` has other channels.
 
     Example:
         >>> elements, mask, _ = MLPDecoder(64, set_size=30, channels=2)(torch.randn(8, 64))
@@ -57,6 +62,7 @@ class MLPDecoder(nn.Module):
         hidden_channels: int = 512,
         *,
         mask_clamp: tuple[float, float] | None = (0.0, 1.0),
+        scaler: StandardScaler | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -66,8 +72,9 @@ class MLPDecoder(nn.Module):
         check_count("channels", channels)
         check_count("hidden_channels", hidden_channels)
         check_interval("mask_clamp", mask_clamp)
+        check_scaler(scaler, channels)
         self.in_channels, self.set_size, self.channels = in_channels, set_size, channels
-        self.mask_clamp = mask_clamp
+        self.mask_clamp, self.scaler = mask_clamp, scaler
         width = channels + int(mask_clamp is not None)
         self.input = nn.Linear(in_channels, hidden_channels, device=device, dtype=dtype)
         self.hidden = nn.Linear(hidden_channels, hidden_channels, device=device, dtype=dtype)
@@ -94,7 +101,7 @@ class MLPDecoder(nn.Module):
         check_shape("z", z, "B", self.in_channels)
         hidden = F.relu(self.hidden(F.relu(self.input(z))))
         output = self.output(hidden).unflatten(1, (self.set_size, -1))
-        return as_prediction(output, self.channels, self.mask_clamp)
+        return as_prediction(output, self.channels, self.mask_clamp, self.scaler)
 
     @override
     def extra_repr(self) -> str:

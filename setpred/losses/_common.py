@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from setpred._checks import (
     check_at_least,
+    check_channels,
     check_choice,
     check_finite,
     check_mask,
@@ -18,6 +19,7 @@ from setpred._checks import (
 )
 from setpred.functional._precision import common_dtype
 from setpred.functional.pairwise import Cost, channels_seen, check_cost, cost_of_pairs
+from setpred.scaler import StandardScaler, check_scaler, scaled
 
 Reduction = Literal["mean", "sum", "none"]
 Presence = Literal["feature", "bce", "none"]
@@ -67,14 +69,40 @@ def check_options(
     check_choice("reduction", reduction, REDUCTIONS)
 
 
-def options_repr(module: nn.Module) -> str:
+class ScaledLoss(nn.Module):
+    """What the modules of set losses share: where a scaler is given, they measure in its coordinates."""
+
+    def __init__(self, scaler: StandardScaler | None) -> None:
+        super().__init__()
+        check_scaler(scaler)
+        self._scaler = (scaler,)  # in a tuple, nn.Module does not register it: it is the decoder's
+
+    @property
+    def scaler(self) -> StandardScaler | None:
+        """The scaler, None if none was given."""
+        return self._scaler[0]
+
+    def _scaled(self, pred: Tensor, target: Tensor, name: str = "pred") -> tuple[Tensor, Tensor]:
+        """Both sides in the scaler's coordinates; what is absent is zeroed after it, as everywhere in the losses."""
+        if self.scaler is not None:
+            check_channels(name, pred, self.scaler.channels)
+            check_channels("target", target, self.scaler.channels)
+        return scaled(pred, self.scaler), scaled(target, self.scaler)
+
+
+def options_repr(module: ScaledLoss) -> str:
     """Say what a matching loss is configured with, but for submodules, which are shown anyway."""
     names = ["cost", "matching_cost", "presence", "presence_weight", "reduction", "solver"]
     options = {name: getattr(module, name, None) for name in names}
     if options["presence"] != "bce":
         del options["presence_weight"]
     shown = {k: v for k, v in options.items() if v is not None and not isinstance(v, nn.Module)}
-    return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+    return ", ".join(f"{name}={value!r}" for name, value in shown.items()) + scaler_repr(module)
+
+
+def scaler_repr(module: ScaledLoss) -> str:
+    """Say which scaler there is, which is no submodule."""
+    return "" if module.scaler is None else f", scaler={module.scaler}"
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:

@@ -1,7 +1,7 @@
 """Chamfer loss: every element is charged its nearest neighbour in the other set."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from setpred.functional.nearest import nearest_neighbours
@@ -9,6 +9,7 @@ from setpred.functional.pairwise import Cost
 from setpred.losses._common import (
     Presence,
     Reduction,
+    ScaledLoss,
     as_weight,
     charge,
     check_options,
@@ -24,6 +25,7 @@ from setpred.losses._common import (
     presence_loss,
     reduce,
 )
+from setpred.scaler import StandardScaler
 
 
 def chamfer_loss(
@@ -143,7 +145,7 @@ def _chosen(of_target: Tensor, charged: Tensor | None, rows: int) -> Tensor:
     return chosen.scatter(1, of_target, True)[:, :rows]
 
 
-class ChamferLoss(nn.Module):
+class ChamferLoss(ScaledLoss):
     """Module form of :func:`chamfer_loss`.
 
     Args:
@@ -153,6 +155,8 @@ class ChamferLoss(nn.Module):
         presence: ``"feature"``, ``"bce"`` or ``"none"``.
         presence_weight: Weight of the binary cross-entropy.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        scaler: Where given, elements of both sides are measured in its coordinates, by costs of your own too; see
+            :class:`setpred.StandardScaler`. It is not registered: it moves and is saved with the decoder.
 
     Raises:
         ValueError: If a choice is unknown or the weight is negative or not finite.
@@ -173,8 +177,9 @@ class ChamferLoss(nn.Module):
         presence: Presence = "feature",
         presence_weight: float = 1.0,
         reduction: Reduction = "mean",
+        scaler: StandardScaler | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(scaler)
         check_options(cost, matching_cost, presence, presence_weight, reduction)
         self.cost = cost
         self.matching_cost = matching_cost
@@ -190,6 +195,7 @@ class ChamferLoss(nn.Module):
         target_mask: Tensor | None = None,
     ) -> Tensor:
         """See :func:`chamfer_loss`."""
+        pred, target = self._scaled(pred, target)
         return chamfer_loss(
             pred,
             target,

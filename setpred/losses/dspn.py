@@ -4,18 +4,20 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from setpred._checks import check_at_least, check_choice, check_finite, check_mask, check_shape, check_soft_mask
 from setpred.encoders.base import SetEncoder, parameter_dtype
+from setpred.losses._common import ScaledLoss, scaler_repr
 from setpred.losses.representation import KINDS, Kind, representation_loss
+from setpred.scaler import StandardScaler
 from setpred.sets import SetPrediction
 
 SetLoss = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
-class DSPNLoss(nn.Module):
+class DSPNLoss(ScaledLoss):
     r"""Outer loss of a set predictor that decodes with an encoder.
 
     .. math:: \mathcal{L} = \frac{1}{T+1} \sum_{t=0}^{T} \mathcal{L}_\text{set}(\hat Y_t, Y)
@@ -34,9 +36,11 @@ class DSPNLoss(nn.Module):
         repr_loss: ``"huber"`` or ``"mse"``; the decoder's own.
         steps: ``"all"`` averages the set loss over the trajectory, :math:`Y_0` included (the paper); ``"last"``
             takes the prediction alone.
+        scaler: The decoder's: both terms are measured in its coordinates. It is given here and not to ``set_loss``,
+            which gets standardised elements. It is not registered either.
 
     Raises:
-        ValueError: If a number is out of its range or a choice is unknown.
+        ValueError: If a number is out of its range, a choice is unknown, or ``set_loss`` has a scaler of its own.
         TypeError: If ``encoder`` or ``set_loss`` cannot be called.
 
     Example:
@@ -60,11 +64,16 @@ class DSPNLoss(nn.Module):
         repr_weight: float = 0.1,
         repr_loss: Kind = "huber",
         steps: Literal["all", "last"] = "all",
+        scaler: StandardScaler | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(scaler)
         for name, value in (("encoder", encoder), ("set_loss", set_loss)):
             if not callable(value):
                 raise TypeError(f"`{name}` must be callable, got {value!r} ({type(value).__name__})")
+        if isinstance(set_loss, ScaledLoss) and set_loss.scaler is not None:
+            raise ValueError(
+                "`set_loss` must have no scaler of its own: give it to DSPNLoss, which measures both terms with it"
+            )
         check_at_least("repr_weight", repr_weight, 0)
         check_finite("repr_weight", repr_weight)
         check_choice("repr_loss", repr_loss, KINDS)
@@ -121,6 +130,7 @@ class DSPNLoss(nn.Module):
                     "`prediction` must carry a differentiable trajectory for steps='all': "
                     "differentiate='implicit' records it detached; use steps='last'"
                 )
+        elements, target = self._scaled(elements, target, "prediction.elements")
         if target_mask is not None:
             target = target.masked_fill((target_mask == 0).unsqueeze(-1), 0)
         missing = rows - target.shape[1]
@@ -145,4 +155,4 @@ class DSPNLoss(nn.Module):
 
     @override
     def extra_repr(self) -> str:
-        return f"repr_weight={self.repr_weight}, repr_loss={self.repr_loss!r}, steps={self.steps!r}"
+        return f"repr_weight={self.repr_weight}, repr_loss={self.repr_loss!r}, steps={self.steps!r}" + scaler_repr(self)

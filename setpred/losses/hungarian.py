@@ -4,7 +4,7 @@ from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from setpred.functional.assignment import Solver, assign, check_solver
@@ -12,6 +12,7 @@ from setpred.functional.pairwise import Cost, cost_of_all_pairs
 from setpred.losses._common import (
     Presence,
     Reduction,
+    ScaledLoss,
     charge,
     check_options,
     check_sees_mask,
@@ -24,6 +25,7 @@ from setpred.losses._common import (
     presence_loss,
     reduce,
 )
+from setpred.scaler import StandardScaler
 
 
 @overload
@@ -175,7 +177,7 @@ def hungarian_loss(
     return loss, matching.view(*sets.shape, rows)
 
 
-class HungarianLoss(nn.Module):
+class HungarianLoss(ScaledLoss):
     """Module form of :func:`hungarian_loss`.
 
     Args:
@@ -186,6 +188,8 @@ class HungarianLoss(nn.Module):
         presence_weight: Weight of the binary cross-entropy.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         solver: ``"auto"``, ``"scipy"``, ``"cuda"`` or a callable.
+        scaler: Where given, elements of both sides are measured in its coordinates, by costs of your own too; see
+            :class:`setpred.StandardScaler`. It is not registered: it moves and is saved with the decoder.
 
     Raises:
         ValueError: If a choice is unknown or the weight is negative or not finite.
@@ -207,8 +211,9 @@ class HungarianLoss(nn.Module):
         presence_weight: float = 1.0,
         reduction: Reduction = "mean",
         solver: Solver = "auto",
+        scaler: StandardScaler | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(scaler)
         check_options(cost, matching_cost, presence, presence_weight, reduction)
         check_solver(solver)
         self.cost = cost
@@ -250,6 +255,7 @@ class HungarianLoss(nn.Module):
         return_matching: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """See :func:`hungarian_loss`."""
+        pred, target = self._scaled(pred, target)
         loss: Tensor | tuple[Tensor, Tensor] = hungarian_loss(  # type: ignore[call-overload,misc]
             pred,
             target,

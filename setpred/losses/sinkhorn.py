@@ -12,6 +12,7 @@ from setpred.functional.sinkhorn import entropic_transport
 from setpred.losses._common import (
     REDUCTIONS,
     Reduction,
+    ScaledLoss,
     as_weight,
     check_sees_mask,
     enter,
@@ -20,7 +21,9 @@ from setpred.losses._common import (
     keep_nan,
     nothing,
     reduce,
+    scaler_repr,
 )
+from setpred.scaler import StandardScaler
 
 PRESENCES = ("feature", "none")
 
@@ -137,7 +140,7 @@ def _check_options(cost: object, epsilon: float, iters: int, debias: bool, prese
     check_choice("reduction", reduction, REDUCTIONS)
 
 
-class SinkhornLoss(nn.Module):
+class SinkhornLoss(ScaledLoss):
     """Module form of :func:`sinkhorn_loss`.
 
     Args:
@@ -147,6 +150,8 @@ class SinkhornLoss(nn.Module):
         debias: Whether to subtract the sets' transport onto themselves.
         presence: ``"feature"`` or ``"none"``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        scaler: Where given, elements of both sides are measured in its coordinates, by costs of your own too; see
+            :class:`setpred.StandardScaler`. It is not registered: it moves and is saved with the decoder.
 
     Raises:
         ValueError: If a number is out of its range or a choice is unknown.
@@ -168,8 +173,9 @@ class SinkhornLoss(nn.Module):
         debias: bool = True,
         presence: Literal["feature", "none"] = "feature",
         reduction: Reduction = "mean",
+        scaler: StandardScaler | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(scaler)
         _check_options(cost, epsilon, iters, debias, presence, reduction)
         self.cost = cost
         self.epsilon = epsilon
@@ -186,6 +192,7 @@ class SinkhornLoss(nn.Module):
         target_mask: Tensor | None = None,
     ) -> Tensor:
         """See :func:`sinkhorn_loss`."""
+        pred, target = self._scaled(pred, target)
         return sinkhorn_loss(
             pred,
             target,
@@ -203,4 +210,4 @@ class SinkhornLoss(nn.Module):
     def extra_repr(self) -> str:
         names = ["cost", "epsilon", "iters", "debias", "presence", "reduction"]
         shown = {name: getattr(self, name) for name in names if not isinstance(getattr(self, name), nn.Module)}
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items()) + scaler_repr(self)

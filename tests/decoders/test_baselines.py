@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from setpred import HungarianLoss, LSTMDecoder, MLPDecoder, SetPrediction
+from setpred import HungarianLoss, LSTMDecoder, MLPDecoder, SetPrediction, StandardScaler
 from setpred.decoders.mlp import as_prediction
 from tests import devices
 
@@ -110,6 +110,24 @@ def test_compiles(make: type[nn.Module]) -> None:
 
 
 @BOTH
+@pytest.mark.parametrize("mask_clamp", [None, (0.0, 1.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_elements_are_mapped_by_the_scaler(
+    make: type[nn.Module], mask_clamp: tuple[float, float] | None, dtype: torch.dtype
+) -> None:
+    scaler = StandardScaler(2).fit(torch.tensor([300.0, -2.0]) + torch.tensor([40.0, 0.1]) * torch.randn(9, 2))
+    decoder = make(6, 4, 2, 8, mask_clamp=mask_clamp, scaler=scaler, dtype=dtype)
+    plain = make(6, 4, 2, 8, mask_clamp=mask_clamp, dtype=dtype)
+    plain.load_state_dict(decoder.state_dict(), strict=False)
+    z = torch.randn(3, 6, dtype=dtype)
+    actual, expected = decoder(z), plain(z)
+    assert actual.elements.dtype == torch.float32  # where users are, half precision is not enough
+    assert torch.equal(actual.elements, scaler.inverse(expected.elements))
+    assert torch.equal(actual.mask, expected.mask)
+    assert decoder.state_dict().keys() == plain.state_dict().keys() | {"scaler.location", "scaler.scale"}
+
+
+@BOTH
 def test_learns_one_set(make: type[nn.Module]) -> None:
     decoder, z = make(6, 4, 2, 16), torch.randn(2, 6)
     target, target_mask = torch.rand(2, 4, 2), torch.tensor([[1.0, 1, 1, 1], [1, 1, 0, 0]])
@@ -135,6 +153,7 @@ def test_learns_one_set(make: type[nn.Module]) -> None:
         (ValueError, "`channels` must be at least 1, got 0", {"channels": 0}),
         (ValueError, "`hidden_channels` must be at least 1, got 0", {"hidden_channels": 0}),
         (ValueError, "`mask_clamp` must be an increasing pair of numbers or None, got", {"mask_clamp": (1.0, 0.0)}),
+        (ValueError, "`scaler` must have as many channels as the elements, 2, got 3", {"scaler": StandardScaler(3)}),
     ],
 )
 def test_refuses_settings(make: type[nn.Module], error: type[Exception], message: str, options: dict[str, Any]) -> None:

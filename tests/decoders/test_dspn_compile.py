@@ -12,7 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from setpred import DSPNDecoder, GradientDescent, PooledEncoder, RelationEncoder, SetPrediction
+from setpred import (
+    DSPNDecoder,
+    GradientDescent,
+    PooledEncoder,
+    RelationEncoder,
+    SetPrediction,
+    StandardScaler,
+)
 
 Z = 16
 
@@ -55,6 +62,14 @@ def assert_trains_the_same(decoder: DSPNDecoder, backend: str = "aot_eager") -> 
 @pytest.mark.parametrize("make_encoder", [PooledEncoder, RelationEncoder])
 def test_training(make_encoder: type[nn.Module], name: str) -> None:
     assert_trains_the_same(make_decoder(make_encoder, name))
+
+
+@pytest.mark.parametrize("name", ["paper", "idspn"])
+def test_with_a_scaler(name: str) -> None:
+    scaler = StandardScaler(2).fit(3 + 2 * torch.randn(9, 2))
+    assert_trains_the_same(
+        make_decoder(PooledEncoder, name, scaler=scaler, project=lambda elements, mask: (elements.clamp(3, 4), mask))
+    )
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ on the CPU")

@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from setpred import ChamferLoss, DSPNDecoder, DSPNLoss, HungarianLoss, PooledEncoder, SetPrediction
+from setpred import (
+    ChamferLoss,
+    DSPNDecoder,
+    DSPNLoss,
+    HungarianLoss,
+    PooledEncoder,
+    SetPrediction,
+    StandardScaler,
+    hungarian_loss,
+)
 from tests import oracles
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -70,6 +79,34 @@ def test_the_last_step_alone(differentiate: str, weight: float, kind: str) -> No
         loss(prediction, problem.target, problem.mask, z=problem.z),
         expected + weight * problem.representation_term(kind),
     )
+
+
+@pytest.mark.parametrize("set_loss", [squared, hungarian_loss, ChamferLoss()])
+@pytest.mark.parametrize("steps", ["all", "last"])
+@pytest.mark.parametrize("rows", [N, N - 1])
+def test_with_a_scaler_both_terms_are_standardised(set_loss: Any, steps: str, rows: int) -> None:
+    scaler = StandardScaler(C, dtype=torch.float64).fit(
+        torch.tensor([[300.0, 0.1], [340.0, 0.11], [280.0, 0.12]], dtype=torch.float64)
+    )
+    problem = Problem(scaler=scaler)
+    plain = DSPNDecoder(problem.encoder, T, 1.0, set_size=N, channels=C, dtype=torch.float64)
+    plain.initial_elements = problem.decoder.initial_elements
+    target, mask = problem.target[:, :rows], problem.mask[:, :rows]
+    theirs = scaler.inverse(target).masked_fill((mask == 0).unsqueeze(-1), torch.nan)
+    loss = DSPNLoss(problem.encoder, set_loss, repr_weight=3.0, steps=steps, scaler=scaler)
+    expected = DSPNLoss(problem.encoder, set_loss, repr_weight=3.0, steps=steps)
+    for z in (None, problem.z):
+        problem.assert_equal(
+            loss(problem.decoder(problem.z), theirs, mask, z=z), expected(plain(problem.z), target, mask, z=z)
+        )
+    assert not loss.state_dict()
+
+
+def test_a_scaler_is_given_once() -> None:
+    scaler = StandardScaler(C)
+    for options in ({}, {"scaler": scaler}):
+        with pytest.raises(ValueError, match="`set_loss` must have no scaler of its own: give it to DSPNLoss"):
+            DSPNLoss(PooledEncoder(C, D), HungarianLoss(scaler=scaler), **options)
 
 
 def test_without_a_mask_all_targets_are_present() -> None:

@@ -13,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from setpred.functional.pairwise import on_channels, pairwise_cost, sum_costs
 from setpred.losses.chamfer import ChamferLoss, chamfer_loss
 from setpred.losses.hungarian import HungarianLoss, hungarian_loss
-from setpred.losses.sinkhorn import SinkhornLoss
+from setpred.losses.sinkhorn import SinkhornLoss, sinkhorn_loss
+from setpred.scaler import StandardScaler
 from tests import devices, oracles
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -21,7 +22,8 @@ DOUBLE = {"dtype": torch.float64}
 LOSSES = {"hungarian": (hungarian_loss, oracles.hungarian_loss), "chamfer": (chamfer_loss, oracles.chamfer_loss)}
 
 name = pytest.mark.parametrize("name", LOSSES)
-presence = pytest.mark.parametrize("presence", ["feature", "bce", "none"])
+PRESENCES = ["feature", "bce", "none"]
+presence = pytest.mark.parametrize("presence", PRESENCES)
 kind = pytest.mark.parametrize("kind", ["huber", "mse", "l1"])
 
 
@@ -62,6 +64,35 @@ def test_equals_the_formula(name: str, presence: str, kind: str, batch: int, n: 
     for a, b in zip(*gradients, strict=True):
         a = torch.zeros_like(b) if a is None else a
         torch.testing.assert_close(a, b, **EXACT)
+
+
+@pytest.mark.parametrize("steps", [None, 3])
+@pytest.mark.parametrize(
+    ("module", "function", "presence"),
+    [
+        *((m, f, p) for m, f in ((HungarianLoss, hungarian_loss), (ChamferLoss, chamfer_loss)) for p in PRESENCES),
+        *((SinkhornLoss, sinkhorn_loss, p) for p in ("feature", "none")),
+    ],
+)
+def test_a_scaler_maps_both_sides(
+    module: type[nn.Module], function: Callable[..., Tensor], presence: str, steps: int | None
+) -> None:
+    scaler = StandardScaler(2, **DOUBLE).fit(torch.tensor([30.0, 0.2]) + torch.tensor([5.0, 0.01]) * torch.randn(99, 2))
+    pred, target, pred_mask, target_mask = random_sets(3, 5, 4, steps=steps)
+    target = target.masked_fill(~target_mask.unsqueeze(-1), torch.nan)
+    loss = module(presence=presence, reduction="none", scaler=scaler)
+    options = {"presence": presence, "reduction": "none"}
+    theirs = (scaler.inverse(pred), scaler.inverse(target))  # what is absent is NaN
+    actual = loss(*theirs, pred_mask, target_mask)
+    expected = function(pred, scaler(scaler.inverse(target), target_mask), pred_mask, target_mask, **options)
+    torch.testing.assert_close(actual, expected, **EXACT)
+    inputs = (pred, pred_mask)
+    gradients = [torch.autograd.grad(value.sum(), inputs, allow_unused=True) for value in (actual, expected)]
+    torch.testing.assert_close(*gradients, **EXACT)
+    assert not loss.state_dict()
+    assert not list(loss.buffers())
+    other = module(presence=presence, reduction="none")(*theirs, pred_mask, target_mask)
+    assert not torch.allclose(actual, other)
 
 
 @name
