@@ -13,7 +13,7 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from setpred import DSPNDecoder, HungarianLoss, PooledEncoder
+from setpred import DSPNDecoder, GradientDescent, HungarianLoss, PooledEncoder
 
 POINTS, LATENT, FRAMES = 24, 64, 48
 
@@ -51,7 +51,12 @@ def train(steps: int = 300) -> DSPNDecoder:
     """Train an autoencoder of shapes."""
     encoder = PooledEncoder(2, LATENT, 64)
     decoder = DSPNDecoder.idspn(
-        encoder, set_size=POINTS, channels=2, mask_clamp=None, iters=12, lr=50.0, init="random", anchor=0.0
+        encoder,
+        set_size=POINTS,
+        channels=2,
+        mask_clamp=None,
+        iters=12,
+        lr=GradientDescent(50.0, momentum=0.9, nesterov=True, grad_clip=10.0),
     )
     optimizer = torch.optim.Adam(decoder.parameters(), 0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

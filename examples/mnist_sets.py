@@ -85,7 +85,7 @@ class MnistSets:
         encoder = PooledEncoder(2, options.latent, options.width)
         size = self.set_size(options)
         decoder = make_decoder(options, encoder, latent=options.latent, set_size=size, channels=2, width=options.width)
-        model = SetPredictor(EncodedTarget(encoder), decoder, evaluation_descent(options))
+        model = SetPredictor(EncodedTarget(encoder), decoder, evaluation_descent(options, decoder))
         return model, make_loss(options, encoder, ChamferLoss(), repr_weight=0)
 
     def score(self, predictions: Predictions) -> dict[str, float]:

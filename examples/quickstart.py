@@ -33,7 +33,16 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from setpred import DSPNDecoder, DSPNLoss, HungarianLoss, LSTMDecoder, MLPDecoder, PooledEncoder, pad_sets
+from setpred import (
+    DSPNDecoder,
+    DSPNLoss,
+    GradientDescent,
+    HungarianLoss,
+    LSTMDecoder,
+    MLPDecoder,
+    PooledEncoder,
+    pad_sets,
+)
 
 LATENT = HIDDEN = 128
 BATCH_SIZE = 32
@@ -84,7 +93,12 @@ RECIPES = {
     "iDSPN": Recipe(
         # With fewer steps than in the paper, and a fixed initial set.
         lambda encoder, size: DSPNDecoder.idspn(
-            encoder, set_size=size, channels=2, lr=100.0, iters=15, momentum=0.8, anchor=0.0
+            encoder,
+            set_size=size,
+            channels=2,
+            iters=15,
+            lr=GradientDescent(100.0, momentum=0.8, nesterov=True, grad_clip=10.0),
+            init="learned",
         ),
         steps=330,
         lr=0.007,

@@ -11,7 +11,7 @@ FSPool can part what is equal; that of an encoder with a sum pool cannot.
 import matplotlib.pyplot as plt
 import torch
 
-from setpred import PooledEncoder
+from setpred import GradientDescent, PooledEncoder
 from setpred.functional import descend
 
 target = torch.tensor([[[-1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])
@@ -28,8 +28,7 @@ for axis, pool in zip(axes, ("sum", "fspool"), strict=True):
             lambda y, e=encoder, s=scale, z=z: 0.5 * (s * e(y) - z).square().mean(1),
             start,
             steps=400,
-            lr=2.0,
-            momentum=0.9,
+            lr=GradientDescent(2.0, momentum=0.9),
             record=True,
         ).trajectory[:, 0]
     for i, marker in enumerate("o^s"):

@@ -16,7 +16,15 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
-from setpred import DSPNDecoder, HungarianLoss, MLPDecoder, PooledEncoder, hungarian_loss, representation_loss
+from setpred import (
+    DSPNDecoder,
+    GradientDescent,
+    HungarianLoss,
+    MLPDecoder,
+    PooledEncoder,
+    hungarian_loss,
+    representation_loss,
+)
 
 LATENT = 32
 
@@ -60,7 +68,7 @@ train(mlp_encoder, mlp, steps=800, lr=0.003)
 
 encoder = PooledEncoder(2, LATENT, 64)
 dspn = DSPNDecoder.idspn(
-    encoder, set_size=4, channels=2, mask_clamp=None, lr=15.0, momentum=0.9, init="random", anchor=0.0
+    encoder, set_size=4, channels=2, mask_clamp=None, lr=GradientDescent(15.0, 0.9, nesterov=True, grad_clip=10.0)
 )
 train(encoder, dspn, steps=200, lr=0.01)
 

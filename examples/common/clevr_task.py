@@ -229,7 +229,7 @@ class ClevrExperiment:
         )
         bf16 = torch.cuda.is_available() and options.device != "cpu" if options.bf16 is None else options.bf16
         source = EncodedImage(BACKBONES[options.backbone](options.latent), bf16=bf16)
-        model = SetPredictor(source, decoder, evaluation_descent(options))
+        model = SetPredictor(source, decoder, evaluation_descent(options, decoder))
         return model, make_loss(options, encoder, HungarianLoss(), repr_weight=0.1)
 
     def source(self, options: argparse.Namespace) -> str:

@@ -2,13 +2,14 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from common.arguments import count, fraction, not_negative, positive
 from common.batches import Batch
-from setpred import DSPNDecoder, DSPNLoss, LSTMDecoder, MLPDecoder, SetPrediction
+from setpred import DSPNDecoder, DSPNLoss, GradientDescent, LSTMDecoder, MLPDecoder, SetPrediction
 
 DECODERS = ("dspn", "idspn", "mlp", "lstm")
 DESCENT = ("dspn", "idspn")
@@ -55,10 +56,11 @@ def add_decoder_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def evaluation_descent(options: argparse.Namespace) -> dict[str, float]:
+def evaluation_descent(options: argparse.Namespace, decoder: nn.Module) -> dict[str, GradientDescent]:
     """Attributes of the decoder that evaluation changes."""
     changes = {"lr": options.eval_inner_lr, "momentum": options.eval_momentum}
-    return {name: value for name, value in changes.items() if value is not None}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return {"lr": replace(decoder.lr, **changes)} if changes else {}
 
 
 def make_decoder(
@@ -69,13 +71,13 @@ def make_decoder(
         return MLPDecoder(latent, set_size, channels, width)
     if options.decoder == "lstm":
         return LSTMDecoder(latent, set_size, channels, width)
-    changes: dict[str, Any] = {"iters": options.inner_steps, "lr": options.inner_lr, "momentum": options.momentum}
-    changes = {name: value for name, value in changes.items() if value is not None}
+    changes: dict[str, Any] = {} if options.inner_steps is None else {"iters": options.inner_steps}
     if options.decoder == "dspn":
+        changes["lr"] = GradientDescent(options.inner_lr or 25.0, options.momentum or 0.0)
         return DSPNDecoder.paper(encoder, set_size=set_size, channels=channels, **changes)
-    if options.anchor is not None:
-        changes["anchor"] = options.anchor
-    changes["nesterov"] = changes.get("momentum", 1) > 0
+    momentum = 0.9 if options.momentum is None else options.momentum
+    changes["lr"] = GradientDescent(options.inner_lr or 1.0, momentum, nesterov=momentum > 0, grad_clip=10.0)
+    changes |= {"init": "learned", "anchor": 0.1 if options.anchor is None else options.anchor}
     return DSPNDecoder.idspn(encoder, set_size=set_size, channels=channels, **changes)
 
 

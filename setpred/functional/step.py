@@ -21,6 +21,13 @@ class Gradient(NamedTuple):
         grad: Gradient with respect to each tensor of the point, ``(B, ...)`` each.
         loss: Objective, shape ``(B,)``.
         norm: Norm of each sample's gradient, over all its tensors together, shape ``(B,)``.
+
+    Example:
+        >>> y = (torch.tensor([[3.0, 4.0]]),)  # of half the square of y
+        >>> gradient = Gradient(grad=y, loss=torch.tensor([12.5]), norm=torch.tensor([5.0]))
+        >>> rule = PolyakDescent(momentum=0.0)
+        >>> rule.step(y, gradient, rule.init(y))[0]
+        (tensor([[1.5000, 2.0000]]),)
     """
 
     grad: Point

@@ -243,7 +243,7 @@ def test_defaults_of_the_recipes_in_the_help_are_true():
     for decoder in ("dspn", "idspn"):
         options = argparse.Namespace(decoder=decoder, inner_steps=None, inner_lr=None, momentum=None, anchor=None)
         made = make_decoder(options, PooledEncoder(2, 4, 4), latent=4, set_size=3, channels=2, width=4)
-        true = {"inner-steps": made.iters, "inner-lr": made.lr, "momentum": made.momentum}
+        true = {"inner-steps": made.iters, "inner-lr": made.lr.lr, "momentum": made.lr.momentum}
         for name, value in true.items():
             assert re.search(rf"\b{decoder}(, Nesterov's)?, default: {value:g}\b", shown[name]), name
     assert f"default: {made.anchor:g})" in shown["anchor"]
