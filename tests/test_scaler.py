@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from setpred import DSPNDecoder, DSPNLoss, HungarianLoss, MLPDecoder, PooledEncoder, StandardScaler, pad_sets
+from setpred import (
+    ChamferLoss,
+    DSPNDecoder,
+    DSPNLoss,
+    HungarianLoss,
+    MLPDecoder,
+    PooledEncoder,
+    StandardScaler,
+    pad_sets,
+)
 from tests import oracles
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -321,6 +330,26 @@ def test_there_is_one(make: Callable[..., nn.Module]) -> None:
     before = model.loss(model.decoder(z), target)
     model.scaler.fit(target)  # seen by both
     assert not torch.equal(model.loss(model.decoder(z), target), before)
+
+
+def test_a_training_step_compiles() -> None:
+    decoder = MAKE["DSPNDecoder"](fitted())
+    loss = DSPNLoss(decoder.encoder, ChamferLoss(), scaler=decoder.scaler)
+
+    def step(z: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        return loss(decoder(z), target, mask, z=z)
+
+    args = (torch.randn(2, 8), torch.randn(2, 4, C), torch.rand(2, 4) < 0.5)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*args), step(*args), rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_a_loss_may_be_given_it_later() -> None:
+    loss, pred, target = HungarianLoss(), torch.randn(2, 4, C), torch.randn(2, 4, C)
+    loss.scaler = fitted()
+    assert torch.equal(loss(pred, target), HungarianLoss(scaler=fitted())(pred, target))
 
 
 def test_an_autoencoder() -> None:

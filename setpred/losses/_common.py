@@ -72,15 +72,12 @@ def check_options(
 class ScaledLoss(nn.Module):
     """What the modules of set losses share: where a scaler is given, they measure in its coordinates."""
 
+    scaler: StandardScaler | None
+
     def __init__(self, scaler: StandardScaler | None) -> None:
         super().__init__()
         check_scaler(scaler)
-        self._scaler = (scaler,)  # in a tuple, nn.Module does not register it: it is the decoder's
-
-    @property
-    def scaler(self) -> StandardScaler | None:
-        """The scaler, None if none was given."""
-        return self._scaler[0]
+        object.__setattr__(self, "scaler", scaler)  # past nn.Module, which would register what is the decoder's
 
     def _scaled(self, pred: Tensor, target: Tensor, name: str = "pred") -> tuple[Tensor, Tensor]:
         """Both sides in the scaler's coordinates; what is absent is zeroed after it, as everywhere in the losses."""
