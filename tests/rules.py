@@ -14,3 +14,9 @@ def with_rule(options: dict[str, Any]) -> dict[str, Any]:
         return options | {"lr": PolyakDescent(options["lr"], options.pop("momentum"))}
     rule = {name: options.pop(name) for name in RULE if name in options}
     return options | {"lr": GradientDescent(options["lr"], **rule)} if rule else options
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """Settings for a preset's test: a step that small encoders can take, and a start that is the same at each call."""
+    rule = GradientDescent(1.0, momentum=0.9, nesterov=True, grad_clip=10.0)
+    return {"init": "learned"} | ({"lr": rule, "anchor": 0.1} if name == "idspn" else {"lr": 1.0})

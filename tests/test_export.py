@@ -23,6 +23,7 @@ from setpred import (
     StandardScaler,
 )
 from setpred.export import to_onnx, to_program
+from tests.rules import recipe
 
 BATCHES = [1, 2, 7]  # the example has 3
 
@@ -47,10 +48,10 @@ class Detector(nn.Module):
         return z, self.decoder(z)
 
 
-def decoder(recipe: str, make_encoder: type[nn.Module] = PooledEncoder, **options: object) -> DSPNDecoder:
+def decoder(name: str, make_encoder: type[nn.Module] = PooledEncoder, **options: object) -> DSPNDecoder:
     # Values are compared: no rows so nearly equal that rounding ranks them.
-    settings = {"iters": 2, "lr": 1.0, "set_size": 5, "channels": 2, "init": "learned"} | options
-    return getattr(DSPNDecoder, recipe)(make_encoder(2, 16, 16), **settings).eval()
+    settings = {"iters": 2, "set_size": 5, "channels": 2} | recipe(name) | options
+    return getattr(DSPNDecoder, name)(make_encoder(2, 16, 16), **settings).eval()
 
 
 def flat(result: Tensor | tuple) -> list[Tensor]:

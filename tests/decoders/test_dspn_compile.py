@@ -20,6 +20,7 @@ from setpred import (
     SetPrediction,
     StandardScaler,
 )
+from tests.rules import recipe
 
 Z = 16
 
@@ -33,9 +34,7 @@ def _forget_compilations() -> Iterator[None]:
 
 def make_decoder(make_encoder: type[nn.Module], name: str, **options: Any) -> DSPNDecoder:
     encoder = make_encoder(2, Z, 16)
-    return getattr(DSPNDecoder, name)(
-        encoder, **{"iters": 2, "lr": 1.0, "set_size": 5, "channels": 2, "init": "learned"} | options
-    )
+    return getattr(DSPNDecoder, name)(encoder, **{"iters": 2, "set_size": 5, "channels": 2} | recipe(name) | options)
 
 
 def trained(decoder: nn.Module, z: torch.Tensor) -> tuple[SetPrediction, list[torch.Tensor]]:

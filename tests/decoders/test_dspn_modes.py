@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from setpred import DSPNDecoder, PooledEncoder, RelationEncoder, SetPrediction
 from tests import devices
+from tests.rules import recipe
 
 PRESETS = pytest.mark.parametrize("name", ["paper", "idspn"])
 ENCODERS = pytest.mark.parametrize("make_encoder", [RelationEncoder, PooledEncoder])
@@ -19,9 +20,7 @@ ENCODERS = pytest.mark.parametrize("make_encoder", [RelationEncoder, PooledEncod
 
 def make_decoder(name: str = "paper", make_encoder: type[nn.Module] = PooledEncoder, **options: Any) -> DSPNDecoder:
     encoder = make_encoder(2, 16, 16, size_feature=True, dtype=options.get("dtype"))
-    return getattr(DSPNDecoder, name)(
-        encoder, **{"iters": 4, "lr": 1.0, "set_size": 5, "channels": 2, "init": "learned"} | options
-    )
+    return getattr(DSPNDecoder, name)(encoder, **{"iters": 4, "set_size": 5, "channels": 2} | recipe(name) | options)
 
 
 def assert_equal(actual: SetPrediction, expected: SetPrediction, **tolerance: float) -> None:

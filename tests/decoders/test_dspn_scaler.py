@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from setpred import DSPNDecoder, PooledEncoder, SetPrediction, StandardScaler
 from tests import devices
+from tests.rules import with_rule
 
 N, C, D = 4, 2, 6
 LOCATION, SCALE = [300.0, -0.2], [50.0, 0.01]
@@ -38,7 +39,7 @@ def make_scaler(location: list[float] = LOCATION, scale: list[float] = SCALE, **
 
 def make(encoder: nn.Module | None = None, **options: Any) -> DSPNDecoder:
     encoder = PooledEncoder(C, D, 8, size_feature=True, **DOUBLE) if encoder is None else encoder
-    return DSPNDecoder(encoder, 4, 1.0, **{"set_size": N, "channels": C} | DOUBLE | options)
+    return DSPNDecoder(encoder, 4, **with_rule({"lr": 1.0, "set_size": N, "channels": C} | DOUBLE | options))
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
