@@ -82,7 +82,7 @@ class MnistSets:
 
     def build(self, options: argparse.Namespace) -> tuple[SetPredictor, Loss]:
         """Make the autoencoder; DSPN decodes with the encoder itself."""
-        encoder = PooledEncoder(2, options.latent, options.width)
+        encoder = PooledEncoder(2, options.latent, options.width, scaling="dspn")
         size = self.set_size(options)
         decoder = make_decoder(options, encoder, latent=options.latent, set_size=size, channels=2, width=options.width)
         model = SetPredictor(EncodedTarget(encoder), decoder, evaluation_descent(options, decoder))

@@ -85,13 +85,28 @@ def mlp(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def pool(rows: Sequence[Tensor], kind: str, weight: Tensor | None) -> Tensor:
-    """Pool one set's rows; FSPool is divided by their number."""
+    """Pool one set's rows."""
     if kind == "fspool":
-        return sort_pool(torch.stack(list(rows)).unsqueeze(0), weight)[0] / len(rows)
+        return sort_pool(torch.stack(list(rows)).unsqueeze(0), weight)[0]
     if kind == "max":
         return torch.stack([max(row[c] for row in rows) for c in range(len(rows[0]))])
     total = sum(rows, torch.zeros_like(rows[0]))
     return total / len(rows) if kind == "mean" else total
+
+
+def divisor(scaling: str, kind: str, n: int, rows: int, inputs: int, features: int, pieces: int = 20) -> float:
+    """What the pool of ``rows`` rows, made of n elements of ``inputs`` channels with the mask, is divided by."""
+    if scaling == "conditioned":
+        s, e = {
+            "fspool": (1 + rows / pieces, (n + rows / pieces) / (1 + rows / pieces)),
+            "sum": (rows, 1),
+            "mean": (1 / rows, 1),
+            "max": (0.8 * n ** (7 / 8) / rows, 1),
+        }[kind]
+        return math.sqrt(rows * s / (0.35 * inputs * n)) * (1 + math.sqrt(inputs * e / features))
+    if kind == "fspool":
+        return {"dspn": rows, "idspn": math.sqrt(rows)}[scaling]
+    return 1
 
 
 def set_encoder(
@@ -103,14 +118,28 @@ def set_encoder(
     *,
     pairs: bool,
     size_feature: bool,
+    scaling: str,
 ) -> Tensor:
-    """MLP over each [y_i; m_i], or each pair [y_i; m_i; y_j; m_j], then a pool; perhaps 4 * mean of the mask."""
+    """MLP over each [y_i; m_i], or each pair [y_i; m_i; y_j; m_j], then a scaled pool; perhaps the size."""
     vectors = []
     for b in range(len(elements)):
         members = [torch.cat([y, m.view(1)]) for y, m in zip(elements[b], mask[b], strict=True)]
         inputs = [torch.cat([left, right]) for left in members for right in members] if pairs else members
         vector = pool([mlp(x, layers) for x in inputs], kind, weight)
-        vectors.append(torch.cat([vector, 4 * mask[b].sum().view(1) / len(members)]) if size_feature else vector)
+        vector = vector / divisor(scaling, kind, len(members), len(inputs), len(members[0]), len(vector))
+        size = 2 * len(members) ** -0.5 if scaling == "conditioned" else 4 / len(members)
+        vectors.append(torch.cat([vector, size * mask[b].sum().view(1)]) if size_feature else vector)
+    return torch.stack(vectors)
+
+
+def idspn_encoder(set_: Tensor, layers: Sequence[tuple[Tensor, Tensor]], weight: Tensor, *, pairs: bool) -> Tensor:
+    """Encode sets (B, N, C) as iDSPN's code: a weight (rows, D) for each rank, ranks ascending, nothing divided."""
+    vectors = []
+    for members in set_:
+        inputs = [torch.cat([left, right]) for left in members for right in members] if pairs else members
+        rows = torch.stack([mlp(x, layers) for x in inputs])
+        ranked = [sorted(feature) for feature in rows.T]
+        vectors.append(torch.stack([sum(w * x for w, x in zip(weight.T[d], r)) for d, r in enumerate(ranked)]))
     return torch.stack(vectors)
 
 

@@ -44,7 +44,7 @@ def pooled_encoder(state: State, prefix: str = "", *, in_channels: int) -> Poole
             f"`state` must be of an FSEncoder, whose first layer has in_channels + 1 = {in_channels + 1} inputs, "
             f"got {given}: FSEncoderSized has no counterpart here"
         )
-    encoder = PooledEncoder(in_channels, len(part["pool.weight"]), hidden)
+    encoder = PooledEncoder(in_channels, len(part["pool.weight"]), hidden, scaling="dspn")
     names = {f"layers.{i}.{kind}": f"conv.{2 * i}.{kind}" for i in range(3) for kind in ("weight", "bias")}
     encoder.load_state_dict(_linear(part, names) | {"pool.fspool.weight": part["pool.weight"]})
     return encoder
@@ -54,7 +54,7 @@ def relation_encoder(state: State, prefix: str = "") -> RelationEncoder:
     """Convert `RNFSEncoder`; its unused layer `lin` is left out."""
     part = _part(state, prefix, "conv.2.weight")
     hidden, given, *_ = part["conv.0.weight"].shape
-    encoder = RelationEncoder(given // 2 - 1, len(part["pool.weight"]), hidden)
+    encoder = RelationEncoder(given // 2 - 1, len(part["pool.weight"]), hidden, scaling="dspn")
     names = {f"{new}.{kind}": f"conv.{i}.{kind}" for new, i in (("pair", 0), ("out", 2)) for kind in ("weight", "bias")}
     encoder.load_state_dict(_linear(part, names) | {"pool.fspool.weight": part["pool.weight"]})
     return encoder

@@ -8,8 +8,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as nn_module
 from typing_extensions import override
 
-from setpred._checks import check_count, check_mask, check_shape
+from setpred._checks import check_choice, check_count, check_mask, check_shape
 from setpred.encoders.pool import Pool, PoolName
+from setpred.encoders.scaling import SCALINGS, Scaling, divisor, draw
 
 
 @runtime_checkable
@@ -73,7 +74,7 @@ def are_plain(*layers: nn.Module) -> bool:
 
 
 class EncoderBase(nn.Module):
-    """What PooledEncoder and RelationEncoder share: checks, the mask as a feature, the pool, the size feature.
+    """What PooledEncoder and RelationEncoder share: checks, the mask as a feature, pool, scaling, the size feature.
 
     Subclasses compute ``_rows``, the features of every row to pool, channel-major: (channels, B, rows), contiguous
     along the rows, as the sort in FSPool reads them.
@@ -85,6 +86,7 @@ class EncoderBase(nn.Module):
         out_channels: int,
         pool: PoolName | nn.Module,
         *,
+        scaling: Scaling,
         size_feature: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
@@ -92,18 +94,19 @@ class EncoderBase(nn.Module):
         super().__init__()
         check_count("in_channels", in_channels)
         check_count("out_channels", out_channels, 1 + int(size_feature))
+        check_choice("scaling", scaling, SCALINGS)
         self.in_channels, self.out_channels = in_channels, out_channels
+        self.scaling: Scaling = scaling
         self.size_feature = size_feature
         self.row_channels = out_channels - int(size_feature)
         self.pool = pool if isinstance(pool, nn.Module) else Pool(pool, self.row_channels, device, dtype)
 
     def reset_parameters(self) -> None:
-        """Draw new parameters: Xavier-uniform weights and zero biases, as the published code has them."""
+        """Draw new parameters, as ``scaling`` says; a pool of one's own is left alone."""
         for child in self.children():
             for layer in child.modules() if child is not self.pool else ():
                 if isinstance(layer, nn.Linear):
-                    nn.init.xavier_uniform_(layer.weight)
-                    nn.init.zeros_(layer.bias)
+                    draw(layer, self.scaling)
         if isinstance(self.pool, Pool):
             self.pool.reset_parameters()
 
@@ -137,10 +140,15 @@ class EncoderBase(nn.Module):
         presence = elements.new_ones(batch, size) if mask is None else mask.to(elements.dtype)
         rows = self._rows(torch.cat([elements, presence.unsqueeze(-1)], -1))
         vector: Tensor = self.pool(rows.movedim(0, -1))
+        if isinstance(self.pool, Pool):
+            vector = vector / divisor(
+                self.scaling, self.pool, size, rows.shape[-1], self.in_channels + 1, self.row_channels
+            )
         if self.size_feature:
-            vector = torch.cat([vector, 4 * presence.mean(1, keepdim=True)], 1)
+            factor = 2 * size**0.5 if self.scaling == "conditioned" else 4
+            vector = torch.cat([vector, factor * presence.mean(1, keepdim=True)], 1)
         return vector
 
     @override
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, size_feature={self.size_feature}"
+        return f"{self.in_channels}, {self.out_channels}, size_feature={self.size_feature}, scaling={self.scaling!r}"

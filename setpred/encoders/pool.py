@@ -13,10 +13,7 @@ PoolName = Literal["fspool", "sum", "mean", "max"]
 
 
 class Pool(nn.Module):
-    """Permutation-invariant pool by name, (B, rows, C) -> (B, C).
-
-    ``"fspool"`` is divided by the number of rows, so that activations do not grow with the set, as published.
-    """
+    """Permutation-invariant pool by name, (B, rows, C) -> (B, C); the encoder scales its result."""
 
     def __init__(
         self,
@@ -39,7 +36,7 @@ class Pool(nn.Module):
         """Pool rows (B, rows, C) into (B, C)."""
         if self.fspool is not None:
             pooled: Tensor = self.fspool(rows)
-            return pooled / rows.shape[1]
+            return pooled
         if self.kind == "sum":
             return rows.sum(1)
         # amax shares the gradient among equal rows: no order among duplicates.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from setpred._checks import check_count
 from setpred.encoders.base import EncoderBase, are_plain
 from setpred.encoders.pool import PoolName
+from setpred.encoders.scaling import Scaling
 
 
 class PooledEncoder(EncoderBase):
@@ -49,12 +50,15 @@ class PooledEncoder(EncoderBase):
         layers: int = 3,
         pool: PoolName | nn.Module = "fspool",
         size_feature: bool = False,
+        scaling: Scaling = "conditioned",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_count("layers", layers)
         check_count("hidden_channels", hidden_channels)
-        super().__init__(in_channels, out_channels, pool, size_feature=size_feature, device=device, dtype=dtype)
+        super().__init__(
+            in_channels, out_channels, pool, scaling=scaling, size_feature=size_feature, device=device, dtype=dtype
+        )
         widths = [in_channels + 1, *[hidden_channels] * (layers - 1), self.row_channels]
         self.layers = nn.ModuleList(nn.Linear(*pair, device=device, dtype=dtype) for pair in pairwise(widths))
         self.reset_parameters()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from setpred._checks import check_count
 from setpred.encoders.base import EncoderBase, are_plain
 from setpred.encoders.pool import PoolName
+from setpred.encoders.scaling import Scaling
 
 
 class RelationEncoder(EncoderBase):
@@ -46,11 +47,14 @@ class RelationEncoder(EncoderBase):
         *,
         pool: PoolName | nn.Module = "fspool",
         size_feature: bool = False,
+        scaling: Scaling = "conditioned",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_count("hidden_channels", hidden_channels)
-        super().__init__(in_channels, out_channels, pool, size_feature=size_feature, device=device, dtype=dtype)
+        super().__init__(
+            in_channels, out_channels, pool, scaling=scaling, size_feature=size_feature, device=device, dtype=dtype
+        )
         self.pair = nn.Linear(2 * (in_channels + 1), hidden_channels, device=device, dtype=dtype)
         self.out = nn.Linear(hidden_channels, self.row_channels, device=device, dtype=dtype)
         self.reset_parameters()

@@ -20,7 +20,7 @@ class Clevr:
     batch, size, channels, width, latent, iters = BATCH, 10, 18, 512, 512, 10
 
     def __init__(self, differentiate: str) -> None:
-        encoder = self.make_encoder(self.channels, self.latent, self.width)
+        encoder = self.make_encoder(self.channels, self.latent, self.width, scaling="dspn")
         self.decoder = DSPNDecoder(
             encoder, self.iters, set_size=self.size, channels=self.channels, differentiate=differentiate
         )
@@ -48,7 +48,7 @@ class Mnist:
     batch, size, channels, width, latent, iters = BATCH, 342, 2, 256, 64, 10
 
     def __init__(self, differentiate: str) -> None:
-        encoder = PooledEncoder(self.channels, self.latent, self.width)
+        encoder = PooledEncoder(self.channels, self.latent, self.width, scaling="dspn")
         self.decoder = DSPNDecoder(
             encoder, self.iters, set_size=self.size, channels=self.channels, differentiate=differentiate
         )

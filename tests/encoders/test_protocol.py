@@ -223,7 +223,7 @@ def test_bool_masks_are_zeros_and_ones(cls: type[EncoderBase]) -> None:
     mask = torch.tensor([[True, True, False, True], [False] * 4])
     assert torch.equal(encoder(elements, mask), encoder(elements, mask.float()))
     assert not torch.equal(encoder(elements, mask), encoder(elements))
-    assert encoder(elements, mask)[:, -1].tolist() == [3.0, 0.0]  # 4 * mean of the mask
+    assert encoder(elements, mask)[:, -1].tolist() == [3.0, 0.0]  # the sum of the mask, for four elements
 
 
 @EVERY_CLASS
@@ -256,7 +256,7 @@ def test_state(cls: type[EncoderBase], pool: str) -> None:
 @EVERY_CLASS
 def test_repr(cls: type[EncoderBase]) -> None:
     text = repr(build(cls))
-    assert text.startswith(f"{cls.__name__}(\n  2, 5, size_feature=True\n")
+    assert text.startswith(f"{cls.__name__}(\n  2, 5, size_feature=True, scaling='conditioned'\n")
     assert "(pool): Pool(\n    'fspool'\n    (fspool): FSPool(4, pieces=20)" in text
 
 
@@ -298,6 +298,7 @@ def test_refuses_inputs(
         (ValueError, "`hidden_channels` must be at least 1, got 0", (2, 5, 0), {}),
         (TypeError, r"`hidden_channels` must be an integer, got None \(NoneType\)", (2, 5, None), {}),
         (ValueError, "`pool` must be one of 'fspool', 'sum', 'mean', 'max', got 'avg'", (2, 5), {"pool": "avg"}),
+        (ValueError, "`scaling` must be one of 'conditioned', 'dspn', 'idspn', got 'he'", (2, 5), {"scaling": "he"}),
     ],
 )
 def test_refuses_numbers(
