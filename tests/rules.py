@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from setpred import GradientDescent, PolyakDescent
+from setpred import DSPNDecoder, GradientDescent, PolyakDescent
 
 RULE = ("momentum", "nesterov", "grad_clip")
 
@@ -20,3 +20,10 @@ def recipe(name: str) -> dict[str, Any]:
     """Settings for a preset's test: a step that small encoders can take, and a start that is the same at each call."""
     rule = GradientDescent(1.0, momentum=0.9, nesterov=True, grad_clip=10.0)
     return {"init": "learned"} | ({"lr": rule, "anchor": 0.1} if name == "idspn" else {"lr": 1.0})
+
+
+def paper_decoder(
+    encoder: Any, iters: int = 10, lr: Any = 25.0, mask_clamp: Any = (0.0, 1.0), **options: Any
+) -> DSPNDecoder:
+    """The paper's: unrolled, and from the same start at each call."""
+    return DSPNDecoder.paper(encoder, iters=iters, lr=lr, mask_clamp=mask_clamp, **options)

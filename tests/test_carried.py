@@ -41,6 +41,7 @@ from setpred import (
 )
 from setpred.functional import StepRule, cross_entropy_cost, descend, entropic_transport
 from setpred.metrics import AveragePrecision, attribute_distance
+from tests.rules import paper_decoder
 
 B, N, C, D = 2, 5, 4, 6
 
@@ -160,7 +161,7 @@ def things() -> Iterator[tuple[str, Case]]:
         {"scaler": fitted_scaler(), "project": in_the_unit_box},
     ]
     for number, option in enumerate(options):
-        decoder = DSPNDecoder(encoder, 3, **({"lr": 1.0, "set_size": N, "channels": C} | option))
+        decoder = paper_decoder(encoder, 3, **({"lr": 1.0, "set_size": N, "channels": C} | option))
         yield f"DSPNDecoder:{number}", Case(decoder, decode)
     for name in ("paper", "idspn"):
         recipe = getattr(DSPNDecoder, name)(RelationEncoder(C, D, 8), set_size=N, channels=C, iters=3)
@@ -220,7 +221,7 @@ def things() -> Iterator[tuple[str, Case]]:
     yield "SetPrediction", Case(SetPrediction(elements, mask, trajectory))
     yield (
         "SetPrediction:of a decoder",
-        Case(decode(DSPNDecoder(encoder, 2, set_size=N, channels=C).requires_grad_(False))),
+        Case(decode(paper_decoder(encoder, 2, set_size=N, channels=C).requires_grad_(False))),
     )
     yield "Trajectory", Case(trajectory)
     yield "Transport", Case(entropic_transport(elements, mask.softmax(1), more[0, :, 0].softmax(1)))
@@ -280,7 +281,7 @@ def test_every_public_class_has_a_case() -> None:
 
 def test_what_is_shared_stays_shared() -> None:
     encoder, cost, scaler = PooledEncoder(C, D, 8), LearnedCost(), fitted_scaler()
-    decoder = DSPNDecoder(encoder, 2, set_size=N, channels=C, scaler=scaler)
+    decoder = paper_decoder(encoder, 2, set_size=N, channels=C, scaler=scaler)
     set_loss = HungarianLoss(sum_costs(cost, on_channels(cost, [-1])))
     loss = DSPNLoss(encoder, set_loss, steps="last", scaler=scaler)
     for carry in (copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing)), by_save):

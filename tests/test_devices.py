@@ -34,6 +34,7 @@ from setpred import (
     pad_sets,
     unpad_sets,
 )
+from tests.rules import paper_decoder
 
 Call = tuple[partial[Any], tuple[Any, ...]]
 Case = Callable[[], Call]  # makes modules and inputs
@@ -80,7 +81,7 @@ def scaled() -> Call:
     """A decoder and losses with a scaler, which is set by hand: fitting looks at values."""
     scaler = StandardScaler(3)
     scaler.location.fill_(2)
-    decoder = DSPNDecoder(
+    decoder = paper_decoder(
         PooledEncoder(3, 8, 16), 3, 1.0, set_size=5, channels=3, scaler=scaler, project=lambda x, mask: (x.relu(), mask)
     )
     loss = DSPNLoss(decoder.encoder, ChamferLoss(), scaler=scaler)
@@ -96,7 +97,7 @@ class Outer(nn.Module):
         super().__init__()
         encoder = PooledEncoder(3, 8, 16)
         self.decoder, self.loss = (
-            DSPNDecoder(encoder, 3, 1.0, set_size=5, channels=3),
+            paper_decoder(encoder, 3, 1.0, set_size=5, channels=3),
             DSPNLoss(encoder, HungarianLoss()),
         )
 

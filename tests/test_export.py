@@ -23,7 +23,7 @@ from setpred import (
     StandardScaler,
 )
 from setpred.export import to_onnx, to_program
-from tests.rules import recipe
+from tests.rules import paper_decoder, recipe
 
 BATCHES = [1, 2, 7]  # the example has 3
 
@@ -128,7 +128,7 @@ def test_program_of_encoders_that_need_other_ways() -> None:
         def forward(self, elements: Tensor, mask: Tensor | None) -> Tensor:
             return self.pooled(self.attention(elements).reshape(len(elements), -1, 4), mask)
 
-    model = DSPNDecoder(Encoder(), iters=2, lr=1.0, set_size=5, channels=4).eval()
+    model = paper_decoder(Encoder(), iters=2, lr=1.0, set_size=5, channels=4).eval()
     assert_equal(model, to_program(model, torch.randn(3, 16)).module(), 16)
 
 

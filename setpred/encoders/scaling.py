@@ -12,7 +12,7 @@ Both decide together how strongly a fresh encoder's inner loss is curved, and so
   alike in stretches of R/P, P the number of pieces; 1/R for a mean; and about 0.8 N^(7/8)/R for a maximum, of
   which few rows partake. The bracket is the edge of a random matrix of D features and as many directions as e elements
   have that move apart: (N + R/P)/S for FSPool, else 1.
-- ``"dspn"``, as the code of Zhang et al. (NeurIPS 2019): Xavier-uniform weights and zero biases; FSPool is divided by R.
+- ``"dspn"``, as the code of Zhang et al. (NeurIPS 2019): Xavier-uniform weights, zero biases; FSPool is divided by R.
 - ``"idspn"``, as the code of Zhang et al. (ICLR 2022): what `nn.Linear` draws; FSPool is divided by sqrt(R), since its
   weights there, one for each rank, have standard deviation 1/sqrt(R).
 

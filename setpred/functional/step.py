@@ -157,7 +157,7 @@ class PolyakDescent:
     Step-size for SGD (AISTATS 2021), equation 3.
     """
 
-    max_lr: float = 10.0
+    max_lr: float = 1.0
     momentum: float = 0.9
 
     def __post_init__(self) -> None:

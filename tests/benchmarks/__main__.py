@@ -188,9 +188,9 @@ def scaling(rounds: int = 5) -> Iterator[dict[str, Any]]:
         for size in sizes:
             given = {"batch": 32, "set size": 64, "inner steps": 10} | {axis: size}
             for mode in ("unrolled", "implicit", "inference"):
-                decoder = DSPNDecoder(
-                    PooledEncoder(2, 64, 128),
-                    given["inner steps"],
+                decoder = DSPNDecoder.paper(
+                    PooledEncoder(2, 64, 128, scaling="dspn"),
+                    iters=given["inner steps"],
                     set_size=given["set size"],
                     channels=2,
                     differentiate="implicit" if mode == "implicit" else "unrolled",

@@ -21,8 +21,8 @@ class Clevr:
 
     def __init__(self, differentiate: str) -> None:
         encoder = self.make_encoder(self.channels, self.latent, self.width, scaling="dspn")
-        self.decoder = DSPNDecoder(
-            encoder, self.iters, set_size=self.size, channels=self.channels, differentiate=differentiate
+        self.decoder = DSPNDecoder.paper(
+            encoder, iters=self.iters, set_size=self.size, channels=self.channels, differentiate=differentiate
         )
         self.loss = DSPNLoss(encoder, HungarianLoss(), steps="last")
         self.z = torch.randn(self.batch, self.latent, requires_grad=True)
@@ -49,8 +49,8 @@ class Mnist:
 
     def __init__(self, differentiate: str) -> None:
         encoder = PooledEncoder(self.channels, self.latent, self.width, scaling="dspn")
-        self.decoder = DSPNDecoder(
-            encoder, self.iters, set_size=self.size, channels=self.channels, differentiate=differentiate
+        self.decoder = DSPNDecoder.paper(
+            encoder, iters=self.iters, set_size=self.size, channels=self.channels, differentiate=differentiate
         )
         self.loss = DSPNLoss(encoder, ChamferLoss(), steps="all" if differentiate == "unrolled" else "last")
         self.mask = torch.rand(self.batch, self.size) < 0.4

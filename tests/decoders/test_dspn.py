@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from setpred import DSPNDecoder, GradientDescent, PooledEncoder, SetPrediction
 from tests import devices, oracles
-from tests.rules import with_rule
+from tests.rules import paper_decoder, with_rule
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 N, C, D = 4, 2, 6
@@ -38,7 +38,7 @@ BOTH_DERIVATIVES = pytest.mark.parametrize("differentiate", ["unrolled", "implic
 def make_decoder(iters: int = 5, lr: float = 1.0, **options: Any) -> DSPNDecoder:
     encoder = PooledEncoder(C, D, 8, size_feature=True, dtype=torch.float64)
     options = {"iters": iters, "lr": lr, "set_size": N, "channels": C, "dtype": torch.float64} | options
-    return DSPNDecoder(encoder, **with_rule(options))
+    return paper_decoder(encoder, **with_rule(options))
 
 
 def make_z(batch: int = 3) -> Tensor:
@@ -253,10 +253,10 @@ def test_a_bool_mask_may_start() -> None:
 def test_a_random_start_has_the_encoders_dtype_and_any_other_is_cast_to_it() -> None:
     encoder = PooledEncoder(C, D)
     for z in (make_z(), make_z().bfloat16()):
-        assert DSPNDecoder(encoder, set_size=N, channels=C, init="random")(z).elements.dtype == torch.float32
+        assert paper_decoder(encoder, set_size=N, channels=C, init="random")(z).elements.dtype == torch.float32
         init = torch.rand(3, N, C, dtype=z.dtype)
-        assert DSPNDecoder(encoder, set_size=N, channels=C)(z, init=init).elements.dtype == torch.float32
-        mean = DSPNDecoder(lambda elements, mask: elements.mean(1), set_size=N, channels=D, init="random")
+        assert paper_decoder(encoder, set_size=N, channels=C)(z, init=init).elements.dtype == torch.float32
+        mean = paper_decoder(lambda elements, mask: elements.mean(1), set_size=N, channels=D, init="random")
         assert mean(z).elements.dtype == z.dtype
 
 
@@ -270,7 +270,7 @@ def test_without_a_mask_the_encoder_gets_none_and_the_prediction_ones() -> None:
         seen.append(mask)
         return elements.mean(1)
 
-    elements, mask, trajectory = DSPNDecoder(encoder, 3, mask_clamp=None, set_size=N, channels=D)(torch.randn(2, D))
+    elements, mask, trajectory = paper_decoder(encoder, 3, mask_clamp=None, set_size=N, channels=D)(torch.randn(2, D))
     assert seen == [None] * 3
     assert torch.equal(mask, torch.ones(2, N))
     assert torch.equal(trajectory.mask, torch.ones(4, 2, N))
@@ -357,10 +357,12 @@ IDSPN = PAPER | {
     "init": "random",
 }
 
+DEFAULT = IDSPN | {"lr": PolyakDescent(1.0, momentum=0.9)}
+
 
 @pytest.mark.parametrize(
     ("build", "expected"),
-    [(DSPNDecoder, PAPER), (DSPNDecoder.paper, PAPER), (DSPNDecoder.idspn, IDSPN)],
+    [(DSPNDecoder, DEFAULT), (DSPNDecoder.paper, PAPER), (DSPNDecoder.idspn, IDSPN)],
     ids=["default", "paper", "idspn"],
 )
 def test_presets_have_the_published_numbers(build: Callable[..., DSPNDecoder], expected: dict[str, Any]) -> None:
@@ -503,7 +505,7 @@ def test_refuses_inputs(error: type[Exception], message: str, z: Any, options: d
 def test_refuses_an_encoder_whose_result_is_not_like_z(
     message: str, encoder: Callable[..., Tensor], differentiate: str
 ) -> None:
-    decoder = DSPNDecoder(encoder, set_size=N, channels=C, differentiate=differentiate, dtype=torch.float64)
+    decoder = paper_decoder(encoder, set_size=N, channels=C, differentiate=differentiate, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"`encoder\(elements, mask\)` " + message):
         decoder(make_z())
 

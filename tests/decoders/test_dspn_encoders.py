@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from setpred import DSPNDecoder, FSPool, GradientDescent, PooledEncoder, SetEncoder
 from tests import devices
 from tests.custom import Square
+from tests.rules import paper_decoder
 
 N, C, D = 4, 2, 8
 BOTH_DERIVATIVES = pytest.mark.parametrize("differentiate", ["unrolled", "implicit"])
@@ -73,7 +74,7 @@ def transformer() -> nn.Module:
 
 
 def make_decoder(encoder: Any, **options: Any) -> DSPNDecoder:
-    return DSPNDecoder(encoder, 3, **{"lr": 1.0, "set_size": N, "channels": C} | options)
+    return paper_decoder(encoder, 3, **{"lr": 1.0, "set_size": N, "channels": C} | options)
 
 
 def check_trains(decoder: DSPNDecoder, z: Tensor) -> None:
@@ -368,7 +369,7 @@ def test_checkpoint_of_a_traced_encoder() -> None:
 def test_forward_mode(differentiate: str, what: str) -> None:
     """Of `torch.autograd.forward_ad`, against the backward pass, or against torch.func where that is no derivative."""
     iters = 3 if differentiate == "unrolled" else 1
-    decoder = DSPNDecoder(
+    decoder = paper_decoder(
         Encoder(nn.Linear(D, D)).double(), iters, GradientDescent(1.0, 0.5), set_size=N, channels=C, dtype=torch.float64
     )
     z = torch.randn(3, D, dtype=torch.float64)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.profiler import profile
 
-from setpred import DSPNDecoder, GradientDescent, PooledEncoder
+from setpred import GradientDescent, PooledEncoder
 from tests import devices
+from tests.rules import paper_decoder
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
@@ -30,13 +31,13 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 
 def training_step(iters: int, **options: Any) -> Callable[[], None]:
-    decoder = DSPNDecoder(PooledEncoder(2, 32, 64), iters, **{"lr": 1.0, "set_size": 50, "channels": 2} | options)
+    decoder = paper_decoder(PooledEncoder(2, 32, 64), iters, **{"lr": 1.0, "set_size": 50, "channels": 2} | options)
     z = torch.randn(8, 32)
     return lambda: decoder(z).elements.square().sum().backward()
 
 
 def inference(iters: int, **options: Any) -> Callable[[], None]:
-    decoder = DSPNDecoder(PooledEncoder(2, 32, 64), iters, 1.0, set_size=50, channels=2).eval()
+    decoder = paper_decoder(PooledEncoder(2, 32, 64), iters, 1.0, set_size=50, channels=2).eval()
     z = torch.randn(8, 32)
 
     def run() -> None:

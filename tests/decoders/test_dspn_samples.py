@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from setpred import DSPNDecoder, FSPool, PooledEncoder, RelationEncoder
 from tests import devices
+from tests.rules import paper_decoder
 
 BOTH_DERIVATIVES = pytest.mark.parametrize("differentiate", ["unrolled", "implicit"])
 
@@ -45,7 +46,7 @@ def test_a_sample_alone_is_decoded_as_in_any_batch(
     seed: int, make_encoder: Callable[[], nn.Module], size: int, channels: int, features: int, samples: int
 ) -> None:
     torch.manual_seed(seed)
-    decoder = DSPNDecoder(make_encoder(), 10, 25.0, set_size=size, channels=channels).eval()
+    decoder = paper_decoder(make_encoder(), 10, 25.0, set_size=size, channels=channels).eval()
     # Under AVX2 the rounding of RelationEncoder's larger product differs between batches: now and then a rank changes.
     on_cpu = devices.here().type == "cpu"
     rounded_alike = devices.products_are_rounded_alike() or (on_cpu and isinstance(decoder.encoder, PooledEncoder))
@@ -66,7 +67,7 @@ def test_a_sample_alone_is_decoded_as_in_any_batch_in_float64(make_encoder: type
 @BOTH_DERIVATIVES
 def test_gradients_of_a_batch_are_the_sum_of_those_of_its_samples(differentiate: str) -> None:
     encoder = RelationEncoder(3, 16, 16, dtype=torch.float64)
-    decoder = DSPNDecoder(
+    decoder = paper_decoder(
         encoder, 4, 5.0, set_size=5, channels=3, anchor=0.1, differentiate=differentiate, dtype=torch.float64
     )
     z = torch.randn(4, 16, dtype=torch.float64)
@@ -87,7 +88,7 @@ def test_permuting_the_start_permutes_the_prediction(
     make_encoder: type[nn.Module], pool: str, differentiate: str
 ) -> None:
     encoder = make_encoder(3, 16, 16, pool=pool, dtype=torch.float64)
-    decoder = DSPNDecoder(encoder, 5, 1.0, set_size=5, channels=3, differentiate=differentiate)
+    decoder = paper_decoder(encoder, 5, 1.0, set_size=5, channels=3, differentiate=differentiate)
     z = torch.randn(2, 16, dtype=torch.float64)
     elements, mask = torch.rand(2, 5, 3, dtype=torch.float64), torch.rand(2, 5, dtype=torch.float64)
     order = torch.randperm(5)
@@ -134,7 +135,7 @@ POOLS = {
 @pytest.mark.parametrize("pairs", [False, True], ids=["elements", "pairs"])
 @pytest.mark.parametrize("pool", POOLS)
 def test_equal_elements_of_the_start_end_unequal_by_sorting_alone(pool: str, pairs: bool) -> None:
-    decoder = DSPNDecoder(RowByRow(POOLS[pool], pairs), 5, 1.0, set_size=4, channels=3).to(devices.here())
+    decoder = paper_decoder(RowByRow(POOLS[pool], pairs), 5, 1.0, set_size=4, channels=3).to(devices.here())
     z = torch.randn(2, 16, dtype=torch.float64)
     a, b = torch.rand(2, 3, dtype=torch.float64)
     start = torch.stack([a, b, a, a]).expand(2, 4, 3)
@@ -153,7 +154,7 @@ def test_equal_elements_of_the_start_end_unequal_by_sorting_alone(pool: str, pai
 @pytest.mark.parametrize("pool", ["fspool", "sum", "mean"])
 def test_the_encoders_separate_equal_elements_by_fspool_alone(make_encoder: type[nn.Module], pool: str) -> None:
     encoder = make_encoder(3, 16, 16, pool=pool, dtype=torch.float64)
-    decoder = DSPNDecoder(encoder, 5, 1.0, set_size=4, channels=3)
+    decoder = paper_decoder(encoder, 5, 1.0, set_size=4, channels=3)
     rows = both(decoder, torch.randn(2, 16, dtype=torch.float64), init=torch.full((2, 4, 3), 0.5, dtype=torch.float64))
     apart = (rows - rows[:, :1]).abs().amax(-1)[:, 1:]
     assert (apart > 1e-4).all() if pool == "fspool" else (apart < 1e-12).all()

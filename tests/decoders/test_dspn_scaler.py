@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from setpred import DSPNDecoder, PooledEncoder, SetPrediction, StandardScaler
 from tests import devices
-from tests.rules import with_rule
+from tests.rules import paper_decoder, with_rule
 
 N, C, D = 4, 2, 6
 LOCATION, SCALE = [300.0, -0.2], [50.0, 0.01]
@@ -39,7 +39,7 @@ def make_scaler(location: list[float] = LOCATION, scale: list[float] = SCALE, **
 
 def make(encoder: nn.Module | None = None, **options: Any) -> DSPNDecoder:
     encoder = PooledEncoder(C, D, 8, size_feature=True, **DOUBLE) if encoder is None else encoder
-    return DSPNDecoder(encoder, 4, **with_rule({"lr": 1.0, "set_size": N, "channels": C} | DOUBLE | options))
+    return paper_decoder(encoder, 4, **with_rule({"lr": 1.0, "set_size": N, "channels": C} | DOUBLE | options))
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -139,7 +139,7 @@ def test_a_descent_that_goes_on_is_one_that_never_stopped() -> None:
 
 def test_dtypes() -> None:
     """The descent is carried in the encoder's dtype, what users see is float32 at least."""
-    decoder = DSPNDecoder(PooledEncoder(C, D, 8), 3, 1.0, set_size=N, channels=C, scaler=make_scaler())
+    decoder = paper_decoder(PooledEncoder(C, D, 8), 3, 1.0, set_size=N, channels=C, scaler=make_scaler())
     decoder.project = in_the_picture
     decoder.to(devices.here(), torch.bfloat16)
     elements, mask, steps = decoder(torch.randn(2, D))

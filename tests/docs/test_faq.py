@@ -26,6 +26,7 @@ from setpred import (
 )
 from setpred.functional import assignment, matched_pairs
 from setpred.metrics import average_precision
+from tests.rules import paper_decoder
 
 # An entry of the FAQ's list: the message between backticks, then what to do.
 ENTRY = re.compile(r"^(`+) ?(.+?) ?\1\n:", re.MULTILINE)
@@ -38,18 +39,18 @@ eight_to_twelve = on_channels("l1", slice(8, 12))
 
 
 def decoder(**options: object) -> DSPNDecoder:
-    return DSPNDecoder(PooledEncoder(2, 8, 8), set_size=5, channels=2, **options)
+    return paper_decoder(PooledEncoder(2, 8, 8), set_size=5, channels=2, **options)
 
 
 def train(encoder: Callable[..., torch.Tensor], width: int = 5) -> None:
-    DSPNDecoder(encoder, set_size=5, channels=2)(torch.randn(3, width)).elements.sum().backward()
+    paper_decoder(encoder, set_size=5, channels=2)(torch.randn(3, width)).elements.sum().backward()
 
 
 def decode_in_inference_mode() -> None:
     encoder = PooledEncoder(2, 8, 8)
     encoder.register_full_backward_hook(lambda *_: None)
     with torch.inference_mode():
-        DSPNDecoder(encoder, set_size=5, channels=2)(torch.randn(3, 8))
+        paper_decoder(encoder, set_size=5, channels=2)(torch.randn(3, 8))
 
 
 def change_before_backward() -> None:
@@ -77,7 +78,7 @@ CALLS: list[Callable[[], object]] = [
     lambda: PooledEncoder(4, 16)(rows.mT),
     lambda: PooledEncoder(4, 16)(rows, torch.ones(8, 10, dtype=torch.long)),
     lambda: decoder()(torch.ones(3, 8, dtype=torch.long)),
-    lambda: DSPNDecoder(PooledEncoder(2, 64), set_size=5, channels=2)(torch.randn(8, 128)),
+    lambda: paper_decoder(PooledEncoder(2, 64), set_size=5, channels=2)(torch.randn(8, 128)),
     lambda: PooledEncoder(4, 16)(rows[:, :0]),
     lambda: pad_sets([torch.rand(12, 2)], size=10),
     lambda: decoder(scaler=StandardScaler(4)),

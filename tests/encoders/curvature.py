@@ -1,4 +1,4 @@
-"""How strongly the inner loss of fresh encoders is curved: python -m tests.encoders.curvature writes the table of the docs.
+"""How strongly the inner loss of fresh encoders is curved: python -m tests.encoders.curvature writes the docs' table.
 
 The curvature is the largest eigenvalue of the Hessian of a sample's inner loss, half squared errors averaged over the
 features, with respect to its elements and mask, where the loss is 0: there the Hessian is J^T J / D, J the encoder's
@@ -82,7 +82,9 @@ def drawn(count: int, seed: int, pairs: bool) -> Iterator[tuple[int, int, int, i
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.encoders.curvature")
-    parser.add_argument("--draws", type=int, default=200, help="of sizes and weights for each row (default: %(default)s)")
+    parser.add_argument(
+        "--draws", type=int, default=200, help="of sizes and weights for each row (default: %(default)s)"
+    )
     draws = parser.parse_args().draws
     print(f"{platform.machine()}, {os.cpu_count()} CPUs, PyTorch {torch.__version__}\n")
     print("| N, C, D, width, layers |", *(f'`"{scaling}"` |' for scaling in SCALINGS))

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
-from setpred import DSPNDecoder, HungarianLoss, PooledEncoder, RelationEncoder
+from setpred import HungarianLoss, PooledEncoder, RelationEncoder
 from setpred.encoders.base import EncoderBase, are_plain
+from tests.rules import paper_decoder
 
 ENCODERS = pytest.mark.parametrize("cls", [PooledEncoder, RelationEncoder])
 DOUBLE = {"dtype": torch.float64}
@@ -202,7 +203,7 @@ def test_a_layer_without_bias(cls: type[EncoderBase]) -> None:
 
 
 def trained(encoder: EncoderBase, steps: int = 3) -> EncoderBase:
-    decoder = DSPNDecoder(encoder, 2, 1.0, set_size=4, channels=2, dtype=torch.float64)
+    decoder = paper_decoder(encoder, 2, 1.0, set_size=4, channels=2, dtype=torch.float64)
     optimizer = torch.optim.SGD(decoder.parameters(), lr=0.1)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -253,7 +254,7 @@ def test_what_lives_in_a_layer_is_trained(cls: type[EncoderBase], make: Any, nam
 @pytest.mark.parametrize("make", NOT_PLAIN, ids=IDS)
 def test_layers_that_are_not_plain_decode(cls: type[EncoderBase], make: Any) -> None:
     encoder, z = cls(2, 5, 6, **DOUBLE), torch.randn(3, 5, **DOUBLE)
-    decoder = DSPNDecoder(encoder, 3, 1.0, set_size=4, channels=2, dtype=torch.float64)
+    decoder = paper_decoder(encoder, 3, 1.0, set_size=4, channels=2, dtype=torch.float64)
     expected = decoder(z).elements
     replace(encoder, make)
     torch.testing.assert_close(decoder(z).elements.as_subclass(Tensor), expected)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from setpred import DSPNDecoder, FSPool, PooledEncoder, RelationEncoder
+from setpred import FSPool, GradientDescent, PooledEncoder, RelationEncoder
 from setpred.encoders.base import EncoderBase
 from setpred.encoders.scaling import SCALINGS
 from tests import oracles
 from tests.encoders.curvature import POOLS, curvature, make, starts
+from tests.rules import paper_decoder
 
 EVERY_CLASS = pytest.mark.parametrize("cls", [PooledEncoder, RelationEncoder])
 EVERY_POOL = pytest.mark.parametrize("pool", POOLS)
@@ -170,13 +171,11 @@ def test_idspn_scales_no_other_pool(pool: str) -> None:
 @pytest.mark.parametrize(("size", "features"), [(4, 256), (32, 64), (256, 32)])
 def test_one_learning_rate_fits_all_sizes(size: int, features: int, pool: str) -> None:
     torch.manual_seed(0)
-    decoder = DSPNDecoder(
+    decoder = paper_decoder(
         PooledEncoder(2, features, 128, pool=pool),
-        *(20, 1.0, None),
+        *(20, GradientDescent(1.0, momentum=0.8, nesterov=True), None),
         set_size=size,
         channels=2,
-        momentum=0.8,
-        nesterov=True,
         repr_loss="mse",
     )
     z = decoder.encoder(torch.rand(4, size, 2)).detach()

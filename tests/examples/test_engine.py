@@ -18,7 +18,8 @@ from common.decoders import evaluation_work
 from common.engine import run
 from common.models import SetPredictor
 
-from setpred import DSPNDecoder, MLPDecoder, PooledEncoder, SetPrediction, hungarian_loss
+from setpred import MLPDecoder, PooledEncoder, SetPrediction, hungarian_loss
+from tests.rules import paper_decoder
 
 SAMPLES, SIZE, CHANNELS = 40, 3, 2
 
@@ -295,7 +296,7 @@ def test_validations_are_a_small_share_of_the_work(tmp_path, step):
 
 
 def test_work_of_an_evaluation_is_counted_in_inner_steps():
-    decoder = DSPNDecoder(PooledEncoder(CHANNELS, 12), iters=10, set_size=SIZE, channels=CHANNELS)
+    decoder = paper_decoder(PooledEncoder(CHANNELS, 12), iters=10, set_size=SIZE, channels=CHANNELS)
     for name, work in (("dspn", 40 / 3), ("idspn", 40), ("mlp", 1 / 3)):
         options = types.SimpleNamespace(decoder=name, eval_steps=[10, 400])
         assert evaluation_work(options, decoder) == pytest.approx(work)

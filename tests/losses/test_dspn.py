@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from setpred import (
     ChamferLoss,
-    DSPNDecoder,
     DSPNLoss,
     HungarianLoss,
     PooledEncoder,
@@ -19,6 +18,7 @@ from setpred import (
     hungarian_loss,
 )
 from tests import oracles
+from tests.rules import paper_decoder
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 B, N, C, D, T = 3, 4, 2, 6, 3
@@ -33,7 +33,7 @@ def squared(pred: Tensor, target: Tensor, pred_mask: Tensor | None, target_mask:
 class Problem:
     def __init__(self, **options: Any) -> None:
         encoder = PooledEncoder(C, D, 8, dtype=torch.float64)
-        self.decoder = DSPNDecoder(encoder, T, 1.0, set_size=N, channels=C, dtype=torch.float64, **options)
+        self.decoder = paper_decoder(encoder, T, 1.0, set_size=N, channels=C, dtype=torch.float64, **options)
         self.encoder = encoder
         self.z = torch.randn(B, D, dtype=torch.float64, requires_grad=True)
         self.mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.float64)
@@ -89,7 +89,7 @@ def test_with_a_scaler_both_terms_are_standardised(set_loss: Any, steps: str, ro
         torch.tensor([[300.0, 0.1], [340.0, 0.11], [280.0, 0.12]], dtype=torch.float64)
     )
     problem = Problem(scaler=scaler)
-    plain = DSPNDecoder(problem.encoder, T, 1.0, set_size=N, channels=C, dtype=torch.float64)
+    plain = paper_decoder(problem.encoder, T, 1.0, set_size=N, channels=C, dtype=torch.float64)
     plain.initial_elements = problem.decoder.initial_elements
     target, mask = problem.target[:, :rows], problem.mask[:, :rows]
     theirs = scaler.inverse(target).masked_fill((mask == 0).unsqueeze(-1), torch.nan)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from setpred import (
     ChamferLoss,
-    DSPNDecoder,
     DSPNLoss,
     HungarianLoss,
     PooledEncoder,
@@ -22,6 +21,7 @@ from setpred import (
 )
 from setpred.functional import entropic_transport, nearest_neighbours, paired_cost, pairwise_cost
 from tests import devices
+from tests.rules import paper_decoder
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 B, N, M, C, D = 3, 5, 4, 2, 8
@@ -117,7 +117,7 @@ def test_dspn_loss(
     encoder: type, rows: int, left: torch.dtype, right: torch.dtype, reduced: torch.dtype | None
 ) -> None:
     """Of a model in one dtype, and targets in another: the encoder is given targets in its own."""
-    decoder = DSPNDecoder(encoder(C, D, 8), iters=2, set_size=N, channels=C).to(left)
+    decoder = paper_decoder(encoder(C, D, 8), iters=2, set_size=N, channels=C).to(left)
     outer = DSPNLoss(decoder.encoder, ChamferLoss())
     z, target, mask = torch.randn(B, D), torch.rand(B, rows, C).to(right), torch.rand(B, rows) < 0.6
     for given in (None, mask, mask.to(right)):
@@ -141,6 +141,6 @@ def test_dspn_loss_of_an_encoder_without_parameters(left: torch.dtype, right: to
         assert mask.dtype == right
         return (elements * mask.unsqueeze(-1)).sum(1)
 
-    decoder = DSPNDecoder(PooledEncoder(C, C, 8), iters=2, set_size=N, channels=C).to(left)
+    decoder = paper_decoder(PooledEncoder(C, C, 8), iters=2, set_size=N, channels=C).to(left)
     z, target, mask = torch.randn(B, C), torch.rand(B, N, C).to(right), torch.rand(B, N) < 0.6
     assert DSPNLoss(encoder, HungarianLoss())(decoder(z), target, mask, z=z).dtype == promoted(left, right)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from setpred import (
     ChamferLoss,
-    DSPNDecoder,
     DSPNLoss,
     HungarianLoss,
     PooledEncoder,
@@ -19,6 +18,7 @@ from setpred import (
     pad_sets,
     sinkhorn_loss,
 )
+from tests.rules import paper_decoder
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 N, C, D = 6, 2, 8
@@ -88,7 +88,7 @@ def test_without_masks_sets_are_as_they_are(function: object) -> None:
 @pytest.mark.parametrize("options", [{}, {"size_feature": True}, {"pool": "mean"}, {"pool": "sum"}], ids=str)
 def test_dspn_loss(loss: nn.Module, encoder: type, options: dict[str, object]) -> None:
     model = encoder(C, D, 8, **options, dtype=torch.float64)
-    decoder = DSPNDecoder(model, iters=2, set_size=N, channels=C, dtype=torch.float64)
+    decoder = paper_decoder(model, iters=2, set_size=N, channels=C, dtype=torch.float64)
     outer = DSPNLoss(model, loss)
     z = torch.randn(2, D, dtype=torch.float64, requires_grad=True)
     prediction = decoder(z)
@@ -120,7 +120,7 @@ def test_the_encoder_sees_the_rows_of_the_prediction(rows: int) -> None:
         seen.append((target, target_mask))
         return (pred - target).square().mean()
 
-    decoder = DSPNDecoder(PooledEncoder(C, C, 8), iters=2, set_size=N, channels=C)
+    decoder = paper_decoder(PooledEncoder(C, C, 8), iters=2, set_size=N, channels=C)
     z, target = torch.randn(2, C), torch.rand(2, rows, C)
     DSPNLoss(encoder, set_loss)(decoder(z), target, z=z)
     for elements, mask in seen:
@@ -131,7 +131,7 @@ def test_the_encoder_sees_the_rows_of_the_prediction(rows: int) -> None:
 
 
 def test_a_target_of_more_rows_is_not_encoded() -> None:
-    decoder = DSPNDecoder(PooledEncoder(C, D, 8), iters=2, set_size=N, channels=C)
+    decoder = paper_decoder(PooledEncoder(C, D, 8), iters=2, set_size=N, channels=C)
     z, outer = torch.randn(2, D), DSPNLoss(decoder.encoder, ChamferLoss())
     elements, mask = pad_sets([torch.rand(n, C) for n in (1, 2)], size=N + 1)
     prediction = decoder(z)
@@ -154,7 +154,7 @@ def test_dspn_loss_compiles(rows: int) -> None:
     torch.compiler.reset()
     encoder = PooledEncoder(C, D, 8)
     with torch.no_grad():
-        prediction = DSPNDecoder(encoder, iters=2, set_size=N, channels=C)(torch.randn(2, D))
+        prediction = paper_decoder(encoder, iters=2, set_size=N, channels=C)(torch.randn(2, D))
     outer = DSPNLoss(encoder, ChamferLoss(presence="bce"))
     target, present, z = torch.rand(2, rows, C), torch.ones(2, rows, dtype=torch.bool), torch.randn(2, D)
     compiled = torch.compile(outer, fullgraph=True, backend="eager")
