@@ -20,6 +20,7 @@ from setpred.losses import (
     representation_loss,
     sinkhorn_loss,
 )
+from setpred.scaler import StandardScaler
 from setpred.sets import SetPrediction, Trajectory, pad_sets, unpad_sets
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "Trajectory",
     "pad_sets",
     "unpad_sets",
+    "StandardScaler",
     "SetEncoder",
     "FSPool",
     "FSUnpool",

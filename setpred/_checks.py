@@ -1,7 +1,7 @@
 """Checks of what users pass in: one wording for every error.
 
 An error names the argument, what was expected and what came. Only shapes, dtypes and Python values
-are checked: looking at tensor values would wait for the device and break `torch.compile`.
+are checked, but by `as_presence`: looking at tensor values waits for the device and breaks `torch.compile`.
 """
 
 import math
@@ -55,6 +55,13 @@ def check_shape(name: str, value: Tensor, *shape: int | str) -> None:
         raise ValueError(f"`{name}` must have shape ({expected}), got {_described(value)}")
 
 
+def check_channels(name: str, value: Tensor, channels: int) -> None:
+    """Raise unless ``value`` is a floating tensor whose last dimension is ``channels``."""
+    check_tensor(name, value)
+    if value.shape[-1:] != (channels,):
+        raise ValueError(f"`{name}` must have shape (..., {channels}), got {_described(value)}")
+
+
 def check_mask(name: str, mask: Tensor | None, shape: torch.Size | tuple[int, ...]) -> None:
     """Raise unless ``mask`` is None, or bool or floating of exactly ``shape``."""
     if mask is None:
@@ -65,6 +72,17 @@ def check_mask(name: str, mask: Tensor | None, shape: torch.Size | tuple[int, ..
         raise TypeError(f"`{name}` must be bool or floating (1 = present), got {_described(mask)}")
     if mask.shape != tuple(shape):
         raise ValueError(f"`{name}` must have shape {tuple(shape)}, got {_described(mask)}")
+
+
+def as_presence(name: str, mask: Tensor | None, elements: Tensor) -> Tensor:
+    """Make a mask of elements (..., N, C) bool, all True if there is none; presence in between is an error."""
+    check_mask(name, mask, elements.shape[:-1])
+    if mask is None:
+        return torch.ones(elements.shape[:-1], dtype=torch.bool, device=elements.device)
+    present = mask.bool()
+    if bool((present != mask).any()):
+        raise ValueError(f"`{name}` must be bool or hold only 0 and 1, got values between: compare with a threshold")
+    return present
 
 
 def check_soft_mask(name: str, mask: Tensor | None, shape: torch.Size | tuple[int, ...]) -> None:

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from setpred._checks import (
+    as_presence,
     check_at_least,
     check_choice,
     check_count,
-    check_mask,
     check_positive,
     check_shape,
     check_tensor,
@@ -198,17 +198,6 @@ def _area(score: Tensor, right: Tensor, targets: int, together: bool, recall_poi
     return F.pad(precision, (0, 1)).gather(1, place).mean(1)
 
 
-def _exists(name: str, mask: Tensor | None, elements: Tensor) -> Tensor:
-    """Make a mask (B, N) bool, all True if there is none; presence in between is an error."""
-    check_mask(name, mask, elements.shape[:2])
-    if mask is None:
-        return torch.ones(elements.shape[:2], dtype=torch.bool, device=elements.device)
-    exists = mask.bool()
-    if bool((exists != mask).any()):
-        raise ValueError(f"`{name}` must be bool or hold only 0 and 1, got values between: compare with a threshold")
-    return exists
-
-
 def _as_thresholds(value: float | Sequence[float]) -> Tensor:
     try:
         thresholds = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach().clone()
@@ -371,8 +360,8 @@ class AveragePrecision:
         check_shape("pred", pred, "B", "N", "C")
         check_shape("score", score, *pred.shape[:2])
         check_shape("target", target, pred.shape[0], "M", pred.shape[2])
-        exists = _exists("pred_mask", pred_mask, pred)
-        present = _exists("target_mask", target_mask, target)
+        exists = as_presence("pred_mask", pred_mask, pred)
+        present = as_presence("target_mask", target_mask, target)
         if bool((score.isnan() & exists).any()):
             raise ValueError("`score` must not be NaN")
         batch = len(pred)
