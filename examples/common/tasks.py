@@ -88,8 +88,8 @@ def _digits(sources: Sources) -> Data:
 def _mnist(sources: Sources) -> Data:
     root = sources.data / "mnist10k"
     train, validation = mnist.load_training_digits(root, FEW if sources.quick else None)
-    test = mnist.load_test_digits(root, sources.limit(500))
-    return Data(train.data, sources.first(validation.data, 100), test.data)
+    test = mnist.load_test_digits(root, sources.limit(200))
+    return Data(train.data, sources.first(validation.data, 50), test.data)
 
 
 def _squares(sources: Sources) -> Data:
@@ -105,9 +105,7 @@ def _clouds(sources: Sources) -> Data:
 
 def _shapes(sources: Sources) -> Data:
     counts = (12_000, 500, 1000)
-    parts = (
-        shapes.draw_shapes(sources.limit(n), torch.Generator().manual_seed(seed)) for seed, n in enumerate(counts)
-    )
+    parts = (shapes.draw_shapes(sources.limit(n), torch.Generator().manual_seed(seed)) for seed, n in enumerate(counts))
     return Data(*parts)
 
 
