@@ -81,13 +81,18 @@ def budget_of(task: str, options: argparse.Namespace) -> Budget:
     return Budget(options.seconds or SECONDS[kind(task)], QUICK_STEPS if options.quick else None)
 
 
+def sources_of(options: argparse.Namespace) -> Sources:
+    """Say where data is, and how much of it is wanted."""
+    return Sources(options.data, options.cache, options.quick)
+
+
 def perform(run: Run, options: argparse.Namespace) -> None:
     """Train and evaluate on one core, write what came of it, and print a line."""
     torch.set_num_threads(1)
     task = TASKS[run.task]
     result = run_trial(
         task,
-        task.load(Sources(options.data, options.cache, options.quick)),
+        task.load(sources_of(options)),
         CONTESTANTS[run.decoder],
         lr=run.lr,
         seed=run.seed,
@@ -115,6 +120,8 @@ def side_by_side(runs: Sequence[Run], options: argparse.Namespace) -> int:
         for run in todo:
             perform(run, options)
         return 0
+    for task in {run.task for run in todo}:
+        TASKS[task].load(sources_of(options))  # renders what is not kept yet, which several runs would do at once
     context = multiprocessing.get_context("spawn")
 
     def in_process(run: Run) -> bool:
@@ -126,8 +133,11 @@ def side_by_side(runs: Sequence[Run], options: argparse.Namespace) -> int:
     pool = ThreadPoolExecutor(options.workers)
     try:
         return list(pool.map(in_process, todo)).count(False)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C; what runs then ends with this process
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
 
 
 def chosen(task: str, decoder: str, out: Path) -> Run | None:
@@ -177,9 +187,11 @@ def report(options: argparse.Namespace) -> str:
         for score, figure in TASKS[task].figures.items():
             values = [[figure.factor * r["test"][way][score] for r in results[name]] for name, way in columns]
             means = [mean(v) if v else None for v in values]
-            best = (max if figure.larger_is_better else min)(m for m in means if m is not None)
+            there = [m for m in means if m is not None]
+            best = (max if figure.larger_is_better else min)(there)
+            bold = min(there) < max(there)
             cells = [mean_and_spread(v, figure.digits) if v else "-" for v in values]
-            cells = [f"**{cell}**" if m == best else cell for cell, m in zip(cells, means, strict=True)]
+            cells = [f"**{cell}**" if bold and m == best else cell for cell, m in zip(cells, means, strict=True)]
             rows.append(["", figure.heading, *cells])
         facts: dict[str, Callable[[list[dict[str, Any]]], str]] = {
             "learning rate": lambda of: f"{of[0]['lr']:g}",
@@ -202,12 +214,12 @@ def draw(options: argparse.Namespace) -> None:
     """Draw the validation curves of what is in the table, against seconds and steps."""
     panels = {}
     for task in options.tasks:
-        curves = {}
+        figure, curves = TASKS[task].figures[TASKS[task].selection], {}
         for name in options.decoders:
             if results := results_of(task, name, options):
-                curves[next(iter(CONTESTANTS[name].evaluations))] = [r["curve"] for r in results]
+                label = next(iter(CONTESTANTS[name].evaluations))
+                curves[label] = [[(k, s, figure.factor * score) for k, s, score in r["curve"]] for r in results]
         if curves:
-            figure = TASKS[task].figures[TASKS[task].selection]
             panels[task] = (figure.heading, not figure.larger_is_better, curves)
     if panels:
         draw_panel(panels, options.out / "panel.png")
@@ -267,6 +279,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if missing := TASKS[task].missing(options.data):
                 print(f"{task} is left out: {missing}")
         options.tasks = [task for task in options.tasks if TASKS[task].missing(options.data) is None]
+        if not options.tasks:
+            raise SystemExit("no task is left")
         check_budgets(options)
         try:
             failed = train(options)

@@ -78,7 +78,7 @@ class Task(NamedTuple):
         """Say what is not there, and how to get it."""
         if self.needs is None or list(root.glob(f"{self.needs}*")):  # it may be gzipped
             return None
-        return f"there is no {root / self.needs}: {self.origin}"
+        return f"there is no {root / self.needs}: {self.origin.format(root=root)}"
 
 
 def _digits(sources: Sources) -> Data:
@@ -123,12 +123,14 @@ def _strokes(sources: Sources) -> Data:
     return Data(*(sources.first(part, len(part.mask)) for part in first))
 
 
-def _hungarian(elements: Tensor, mask: Tensor, target: Tensor, target_mask: Tensor) -> dict[str, float]:
-    return {"hungarian": hungarian_loss(elements, target, mask, target_mask).item()}
+def _error(name: str, loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Score:
+    """Make a score of a set loss; what is absent is at 0 in the targets, and so in what was predicted."""
 
+    def score(elements: Tensor, mask: Tensor, target: Tensor, target_mask: Tensor) -> dict[str, float]:
+        elements = elements.masked_fill((mask < 0.5).unsqueeze(-1), 0)
+        return {name: loss(elements, target, mask, target_mask).item()}
 
-def _chamfer(elements: Tensor, mask: Tensor, target: Tensor, target_mask: Tensor) -> dict[str, float]:
-    return {"chamfer": chamfer_loss(elements, target, mask, target_mask).item()}
+    return score
 
 
 def _precision(make: Callable[[list[float]], AveragePrecision], thresholds: Mapping[str, float]) -> Score:
@@ -168,7 +170,7 @@ TASKS = {
         32,
         2,
         _digits,
-        _hungarian,
+        _error("hungarian", hungarian_loss),
         {"hungarian": Figure("Hungarian error x 1e4", 1e4, 2)},
     ),
     "mnist": Task(
@@ -176,12 +178,12 @@ TASKS = {
         mnist.LARGEST,
         2,
         _mnist,
-        _chamfer,
+        _error("chamfer", chamfer_loss),
         {"chamfer": Figure("Chamfer error x 1000", 1e3, 3)},
         loss=chamfer_loss,
         batch_size=8,
         needs="mnist10k/MNIST/raw/train-images-idx3-ubyte",
-        origin="torchvision.datasets.MNIST('mnist10k', download=True) makes it there",
+        origin="torchvision.datasets.MNIST('{root}/mnist10k', download=True) puts it there",
     ),
     "squares": Task(
         "a rotating square, autoencoded",
@@ -196,7 +198,7 @@ TASKS = {
         clouds.POINTS,
         3,
         _clouds,
-        _hungarian,
+        _error("hungarian", hungarian_loss),
         {"hungarian": Figure("Hungarian error x 1000", 1e3, 2)},
     ),
     "shapes": Task(
