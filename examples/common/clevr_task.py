@@ -1,31 +1,27 @@
 """What predicting CLEVR's boxes and states has in common: data, options, network and loss."""
 
 import argparse
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch.utils.data import Dataset, Subset
-from tqdm import tqdm
 
 from common.arguments import count, flags, whole
 from common.batches import Batch, InMemory, Stream
 from common.clevr import ClevrDataset, find_scenes
 from common.decoders import Loss, evaluation_descent, make_decoder, make_loss
-from common.files import cache_directory, replacing
+from common.files import cache_directory
 from common.models import BACKBONES, EncodedImage, SetPredictor
-from common.scenes import Scenes, render_scenes
+from common.rendered import draw_scenes, kept_scenes
+from common.scenes import Scenes
 from setpred import HungarianLoss, PooledEncoder, RelationEncoder
 
 Target = Literal["boxes", "states"]
 CHANNELS = {"boxes": 4, "states": 18}
 SET_ENCODERS = {"relation": RelationEncoder, "pooled": PooledEncoder}
-# Where the seeds of each part's scenes begin, whatever the training's seed; of a seed a CPU generator takes 32 bits.
-SEEDS = {"train": 0, "validation": 1 << 24, "test": 2 << 24}
-STREAM = 1 << 31  # new scenes for every batch
-RENDERED_AT_ONCE = 100
+STREAM = 1 << 31  # where the seeds of new scenes for every batch begin, beyond those that are kept
 FEW = 8  # of a split, with --quick
 
 
@@ -54,39 +50,9 @@ class SceneStream:
 
     def batch(self, k: int, device: torch.device) -> Batch:
         """Render batch k."""
-        return _batch(_render(self.options, self.options.batch_size, STREAM + k, device), self.target)
-
-
-def _render(options: argparse.Namespace, count: int, seed: int, device: torch.device) -> Scenes:
-    most = options.max_objects
-    return render_scenes(
-        count,
-        size=options.size,
-        objects=(min(3, most), most),
-        max_objects=most,
-        generator=torch.Generator(device).manual_seed(seed),
-    )
-
-
-def _kept(options: argparse.Namespace, part: str, count: int) -> Scenes:
-    """Render a part of the data once; later runs, and others at the same time, map the file into memory."""
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("scene*.py"))))
-    name = f"{part}-{count}-{options.size}px-{options.max_objects}objects-{code.hexdigest()[:8]}.pt"
-    path = cache_directory(options.cache) / "rendered" / name
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        device = torch.device("cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu")
-        pieces = []
-        with tqdm(total=count, desc=f"rendering scenes ({part})", unit="scene", leave=False) as bar:
-            for k, start in enumerate(range(0, count, RENDERED_AT_ONCE)):
-                size = min(RENDERED_AT_ONCE, count - start)
-                scenes = _render(options, size, SEEDS[part] + k, device)
-                images = (scenes.images * 255).round().to(torch.uint8)
-                pieces.append([piece.cpu() for piece in scenes._replace(images=images)])
-                bar.update(size)
-        with replacing(path, shared=True) as unfinished:
-            torch.save(dict(zip(Scenes._fields, map(torch.cat, zip(*pieces, strict=True)), strict=True)), unfinished)
-    return Scenes(**torch.load(path, weights_only=True, mmap=True))
+        size, most = self.options.size, self.options.max_objects
+        scenes = draw_scenes(self.options.batch_size, STREAM + k, size=size, max_objects=most, device=device)
+        return _batch(scenes, self.target)
 
 
 class ClevrExperiment:
@@ -200,7 +166,16 @@ class ClevrExperiment:
         return Subset(data, range(min(len(data), FEW))) if options.quick else data
 
     def _rendered(self, options: argparse.Namespace, part: str, scenes: int) -> InMemory:
-        return InMemory(_batch(_kept(options, part, scenes), self.target))
+        cuda = torch.cuda.is_available() and options.device != "cpu"
+        kept = kept_scenes(
+            part,
+            scenes,
+            size=options.size,
+            max_objects=options.max_objects,
+            cache=options.cache,
+            device=torch.device("cuda" if cuda else "cpu"),
+        )
+        return InMemory(_batch(kept, self.target))
 
     def _clevr(self, options: argparse.Namespace, split: str) -> _View:
         try:

@@ -54,7 +54,8 @@ def divisor(scaling: Scaling, pool: Pool, size: int, rows: int, inputs: int, fea
         elif pool.kind == "max":
             spread = 0.8 * size / ((size**0.5) ** 0.5) ** 0.5 / rows
         edge = 1 + (inputs * apart / features) ** 0.5
-        return (rows * spread / (0.35 * inputs * size)) ** 0.5 * edge
+        scale: float = (rows * spread / (0.35 * inputs * size)) ** 0.5 * edge
+        return scale
     if pool.fspool is None:
         return 1
     return rows if scaling == "dspn" else rows**0.5
