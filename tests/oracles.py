@@ -101,7 +101,7 @@ def divisor(scaling: str, kind: str, n: int, rows: int, inputs: int, features: i
             "fspool": (1 + rows / pieces, (n + rows / pieces) / (1 + rows / pieces)),
             "sum": (rows, 1),
             "mean": (1 / rows, 1),
-            "max": (0.8 * n ** (7 / 8) / rows, 1),
+            "max": (n / (2 * rows), 1),
         }[kind]
         return math.sqrt(rows * s / (0.35 * inputs * n)) * (1 + math.sqrt(inputs * e / features))
     if kind == "fspool":

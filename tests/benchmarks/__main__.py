@@ -189,7 +189,7 @@ def scaling(rounds: int = 5) -> Iterator[dict[str, Any]]:
             given = {"batch": 32, "set size": 64, "inner steps": 10} | {axis: size}
             for mode in ("unrolled", "implicit", "inference"):
                 decoder = DSPNDecoder(
-                    PooledEncoder(2, 64, 128),
+                    PooledEncoder(2, 64, 128, scaling="dspn"),
                     given["inner steps"],
                     set_size=given["set size"],
                     channels=2,
