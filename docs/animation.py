@@ -49,7 +49,7 @@ def sample(count: int, kind: Tensor | None = None) -> Tensor:
 
 def train(steps: int = 300) -> DSPNDecoder:
     """Train an autoencoder of shapes."""
-    encoder = PooledEncoder(2, LATENT, 64)
+    encoder = PooledEncoder(2, LATENT, 64, scaling="dspn")
     decoder = DSPNDecoder.idspn(
         encoder,
         set_size=POINTS,

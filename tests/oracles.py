@@ -101,7 +101,7 @@ def divisor(scaling: str, kind: str, n: int, rows: int, inputs: int, features: i
             "fspool": (1 + rows / pieces, (n + rows / pieces) / (1 + rows / pieces)),
             "sum": (rows, 1),
             "mean": (1 / rows, 1),
-            "max": (0.8 * n ** (7 / 8) / rows, 1),
+            "max": (n / (2 * rows), 1),
         }[kind]
         return math.sqrt(rows * s / (0.35 * inputs * n)) * (1 + math.sqrt(inputs * e / features))
     if kind == "fspool":
@@ -139,9 +139,8 @@ def idspn_encoder(set_: Tensor, layers: Sequence[tuple[Tensor, Tensor]], weight:
         inputs = [torch.cat([left, right]) for left in members for right in members] if pairs else members
         rows = torch.stack([mlp(x, layers) for x in inputs])
         ranked = [sorted(feature) for feature in rows.T]
-        vectors.append(
-            torch.stack([sum(w * x for w, x in zip(weight.T[d], r, strict=True)) for d, r in enumerate(ranked)])
-        )
+        sums = [sum(w * x for w, x in zip(*pair, strict=True)) for pair in zip(weight.T, ranked, strict=True)]
+        vectors.append(torch.stack(sums))
     return torch.stack(vectors)
 
 

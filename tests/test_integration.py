@@ -49,11 +49,11 @@ class Model(nn.Module):
 
 
 def paper() -> nn.Module:
-    return DSPNDecoder.paper(PooledEncoder(C, D, 32), set_size=N, channels=C, iters=5)
+    return DSPNDecoder.paper(PooledEncoder(C, D, 32, scaling="dspn"), set_size=N, channels=C, iters=5)
 
 
 def paper_relation() -> nn.Module:
-    return DSPNDecoder.paper(RelationEncoder(C, D, 32), set_size=N, channels=C, iters=5)
+    return DSPNDecoder.paper(RelationEncoder(C, D, 32, scaling="dspn"), set_size=N, channels=C, iters=5)
 
 
 def idspn() -> nn.Module:

@@ -21,14 +21,13 @@ figure, axes = plt.subplots(1, 2, figsize=(7, 3.2), sharex=True, sharey=True)
 for axis, pool in zip(axes, ("sum", "fspool"), strict=True):
     torch.manual_seed(0)
     encoder = PooledEncoder(2, 256, 256, pool=pool)
-    scale = 3.0 if pool == "fspool" else 1.0  # FSPool divides by the set's size
-    z = scale * encoder(target)
+    z = encoder(target)
     with torch.no_grad():
         steps = descend(
-            lambda y, e=encoder, s=scale, z=z: 0.5 * (s * e(y) - z).square().mean(1),
+            lambda y, e=encoder, z=z: 0.5 * (e(y) - z).square().mean(1),
             start,
             steps=400,
-            lr=GradientDescent(2.0, momentum=0.9),
+            lr=GradientDescent(1.0, momentum=0.9),
             record=True,
         ).trajectory[:, 0]
     for i, marker in enumerate("o^s"):

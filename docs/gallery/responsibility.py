@@ -59,14 +59,14 @@ def train(encoder: nn.Module, decoder: nn.Module, steps: int, lr: float) -> None
 # The MLP decoder, with more training steps than it needs: elsewhere on the circle it is nearly exact.
 
 torch.manual_seed(0)
-mlp_encoder = PooledEncoder(2, LATENT, 64)
+mlp_encoder = PooledEncoder(2, LATENT, 64, scaling="dspn")
 mlp = MLPDecoder(LATENT, 4, 2, 128, mask_clamp=None)
 train(mlp_encoder, mlp, steps=800, lr=0.003)
 
 # %%
 # iDSPN from random initial sets. The sets have a fixed size, so no mask is carried.
 
-encoder = PooledEncoder(2, LATENT, 64)
+encoder = PooledEncoder(2, LATENT, 64, scaling="dspn")
 dspn = DSPNDecoder.idspn(
     encoder, set_size=4, channels=2, mask_clamp=None, lr=GradientDescent(15.0, 0.9, nesterov=True, grad_clip=10.0)
 )

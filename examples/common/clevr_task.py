@@ -193,7 +193,8 @@ class ClevrExperiment:
 
     def build(self, options: argparse.Namespace) -> tuple[SetPredictor, Loss]:
         """Make the network, image -> backbone -> vector -> decoder, and its loss: Hungarian + 0.1 representation."""
-        encoder = SET_ENCODERS[options.set_encoder](CHANNELS[self.target], options.latent, options.width)
+        make_encoder = SET_ENCODERS[options.set_encoder]
+        encoder = make_encoder(CHANNELS[self.target], options.latent, options.width, scaling="dspn")
         decoder = make_decoder(
             options,
             encoder,

@@ -121,7 +121,7 @@ class DSPNDecoder(nn.Module):
         tol: float | None = None,
         differentiate: Literal["unrolled", "implicit"] = "implicit",
         checkpoint: bool = False,
-        init: Literal["learned", "random"] | nn.Module = "random",
+        init: Literal["learned", "random"] | nn.Module = "learned",
         starts: int = 1,
         scaler: StandardScaler | None = None,
         device: torch.device | str | None = None,

@@ -357,7 +357,7 @@ IDSPN = PAPER | {
     "init": "random",
 }
 
-DEFAULT = IDSPN | {"lr": PolyakDescent(1.0, momentum=0.9)}
+DEFAULT = IDSPN | {"lr": PolyakDescent(1.0, momentum=0.9), "init": "learned"}
 
 
 @pytest.mark.parametrize(
