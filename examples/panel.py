@@ -42,8 +42,8 @@ from setpred import DSPNDecoder, LSTMDecoder, MLPDecoder
 CONTESTANTS = {
     # The default, and nothing set.
     "dspn": Contestant(
-        lambda encoder, size, channels: DSPNDecoder.idspn(encoder, set_size=size, channels=channels),
-        {"iDSPN": {}, "iDSPN, 80 steps": {"iters": 80}},
+        lambda encoder, size, channels: DSPNDecoder(encoder, set_size=size, channels=channels),
+        {"DSPN": {}, "DSPN, 80 steps": {"iters": 80}, "DSPN, 4 starts of 40 steps": {"iters": 40, "starts": 4}},
     ),
     "mlp": Contestant(lambda encoder, size, channels: MLPDecoder(LATENT, size, channels, WIDTH), {"MLP": {}}),
     "lstm": Contestant(lambda encoder, size, channels: LSTMDecoder(LATENT, size, channels, WIDTH), {"LSTM": {}}),

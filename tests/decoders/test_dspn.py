@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from setpred import DSPNDecoder, GradientDescent, PooledEncoder, SetPrediction
+from setpred import DSPNDecoder, GradientDescent, PolyakDescent, PooledEncoder, SetPrediction
 from tests import devices, oracles
 from tests.rules import paper_decoder, with_rule
 
