@@ -41,7 +41,7 @@ class RelationEncoder:
     def forward(self, elements, mask=None): ...
 class DSPNDecoder:
     def __init__(
-        encoder, iters=20, lr=PolyakDescent(max_lr=1.0, momentum=0.9), mask_clamp=(0.0, 1.0), *, set_size, channels,
+        encoder, iters=20, lr=setpred.PolyakDescent(), mask_clamp=(0.0, 1.0), *, set_size, channels,
         repr_loss="mse", anchor=0.0, project=None, tol=None, differentiate="implicit", init="learned", starts=1,
     ): ...
     def forward(self, z, *, iters=None, init=None, starts=None, record=None, generator=None): ...
@@ -80,7 +80,7 @@ def linear_assignment(cost, *, row_mask=None, col_mask=None, solver="auto"): ...
 def contracts() -> dict[str, inspect.Signature]:
     """Signature of each function, constructor and method of the contract, by its dotted name."""
     namespace: dict[str, object] = {}
-    exec(CONTRACT, namespace)
+    exec(CONTRACT, {"setpred": setpred}, namespace)
     found = {}
     for name, value in namespace.items():
         if inspect.isfunction(value):
@@ -115,7 +115,7 @@ def test_is_called_as_users_rely_on(name: str) -> None:
 
 def test_every_name_of_the_contract_is_public() -> None:
     namespace: dict[str, object] = {}
-    exec(CONTRACT, namespace)
+    exec(CONTRACT, {"setpred": setpred}, namespace)
     assert {name for name in namespace if not name.startswith("__")} <= set(setpred.__all__)
     assert len(set(setpred.__all__)) == len(setpred.__all__)
     assert isinstance(setpred.functional, ModuleType)

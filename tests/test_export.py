@@ -155,6 +155,7 @@ def test_several_inputs_and_a_trajectory() -> None:
         torch.testing.assert_close(a, e)
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # PyTorch 2.10's own
 def test_a_saved_program_is_the_same_and_has_the_models_parameters() -> None:
     model = decoder("paper", scaler=fitted_scaler())
     program = to_program(model, torch.randn(3, 16))
