@@ -139,7 +139,9 @@ def idspn_encoder(set_: Tensor, layers: Sequence[tuple[Tensor, Tensor]], weight:
         inputs = [torch.cat([left, right]) for left in members for right in members] if pairs else members
         rows = torch.stack([mlp(x, layers) for x in inputs])
         ranked = [sorted(feature) for feature in rows.T]
-        vectors.append(torch.stack([sum(w * x for w, x in zip(weight.T[d], r)) for d, r in enumerate(ranked)]))
+        vectors.append(
+            torch.stack([sum(w * x for w, x in zip(weight.T[d], r, strict=True)) for d, r in enumerate(ranked)])
+        )
     return torch.stack(vectors)
 
 
