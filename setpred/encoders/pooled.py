@@ -17,7 +17,7 @@ class PooledEncoder(EncoderBase):
 
     .. math:: H(Y) = \operatorname{pool}_i\, \mathrm{MLP}([y_i; m_i])
 
-    The mask m is one more feature of each element. FSPool's result is divided by N, as published.
+    The mask m is one more feature of each element.
 
     Args:
         in_channels: Features C of an element, without the mask.
@@ -25,13 +25,18 @@ class PooledEncoder(EncoderBase):
         hidden_channels: Width of the hidden layers.
         layers: Number of linear layers, ReLU between them; 1 is a linear map.
         pool: ``"fspool"``, ``"sum"``, ``"mean"``, ``"max"``, or a module ``(B, N, D) -> (B, D)``.
-        size_feature: Make the last of the D features four times the mean of the mask (the sum of the masks, scaled as
-            published) instead of a learned one.
+        size_feature: Make the last of the D features the size, the sum of the mask, instead of a learned one; times
+            2/sqrt(N) where conditioned, else 4/N as published.
+        scaling: How weights are drawn and what the pool's result is divided by. ``"conditioned"``: so that the
+            curvature of a fresh encoder's inner loss is about 0.6 whatever the sizes, for an ``lr`` of at most 1.
+            ``"dspn"``: as in that paper's code, where FSPool is divided by N, for an ``lr`` of 25 and more.
+            ``"idspn"``: as in that paper's code (which has ``layers=2``). A pool of your own is never scaled. See
+            :doc:`/concepts/inner_optimisation`.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: If a number is out of its range or the pool is unknown.
+        ValueError: If a number is out of its range, or the pool or scaling is unknown.
 
     Example:
         >>> encoder = PooledEncoder(in_channels=2, out_channels=64)

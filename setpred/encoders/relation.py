@@ -16,20 +16,25 @@ class RelationEncoder(EncoderBase):
     .. math:: H(Y) = \operatorname{pool}_{i,j}\, W_2 \operatorname{relu}(W_1 [y_i; m_i; y_j; m_j] + b_1) + b_2
 
     The mask m is one more feature of each element. Pairs are never built in the first layer: it is a sum of two
-    per-element projections. FSPool's result is divided by N^2, as published.
+    per-element projections.
 
     Args:
         in_channels: Features C of an element, without the mask.
         out_channels: Size D of the representation.
         hidden_channels: Width of the hidden layer.
         pool: ``"fspool"``, ``"sum"``, ``"mean"``, ``"max"``, or a module ``(B, N^2, D) -> (B, D)``.
-        size_feature: Make the last of the D features four times the mean of the mask (the sum of the masks, scaled as
-            published) instead of a learned one.
+        size_feature: Make the last of the D features the size, the sum of the mask, instead of a learned one; times
+            2/sqrt(N) where conditioned, else 4/N as published.
+        scaling: How weights are drawn and what the pool's result is divided by. ``"conditioned"``: so that the
+            curvature of a fresh encoder's inner loss is about 0.6 whatever the sizes, for an ``lr`` of at most 1.
+            ``"dspn"``: as in that paper's code, where FSPool is divided by N^2, for an ``lr`` of 25 and more.
+            ``"idspn"``: as in that paper's code. A pool of your own is never scaled. See
+            :doc:`/concepts/inner_optimisation`.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: If a number is out of its range or the pool is unknown.
+        ValueError: If a number is out of its range, or the pool or scaling is unknown.
 
     Example:
         >>> encoder = RelationEncoder(in_channels=18, out_channels=64)

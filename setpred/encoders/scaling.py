@@ -55,8 +55,8 @@ def divisor(scaling: Scaling, pool: Pool, size: int, rows: int, inputs: int, fea
         elif pool.kind == "max":
             spread = size / (2 * rows)
         edge = 1 + (inputs * apart / features) ** 0.5
-        scale: float = (rows * spread / (0.35 * inputs * size)) ** 0.5 * edge
-        return scale
+        whole: float = (rows * spread / (0.35 * inputs * size)) ** 0.5 * edge
+        return whole
     if pool.fspool is None:
         return 1
     return rows if scaling == "dspn" else rows**0.5

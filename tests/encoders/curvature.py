@@ -1,4 +1,4 @@
-"""How strongly the inner loss of fresh encoders is curved: python -m tests.encoders.curvature writes the docs' table.
+"""How strongly the inner loss of fresh encoders is curved: python -m tests.encoders.curvature writes the docs' tables.
 
 The curvature is the largest eigenvalue of the Hessian of a sample's inner loss, half squared errors averaged over the
 features, with respect to its elements and mask, where the loss is 0: there the Hessian is J^T J / D, J the encoder's
@@ -21,7 +21,7 @@ from setpred.encoders.base import EncoderBase
 from setpred.encoders.scaling import SCALINGS
 
 POOLS = ("fspool", "sum", "mean", "max")
-# (N, C, D, width, layers); layers 0: pairs.
+# (N, C, D, width, layers), pairs where layers is 0.
 SIZES = [
     (10, 18, 512, 512, 2),
     (10, 18, 512, 512, 3),
@@ -82,9 +82,7 @@ def drawn(count: int, seed: int, pairs: bool) -> Iterator[tuple[int, int, int, i
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.encoders.curvature")
-    parser.add_argument(
-        "--draws", type=int, default=200, help="of sizes and weights for each row (default: %(default)s)"
-    )
+    parser.add_argument("--draws", type=int, default=200, help="of sizes for each row (default: %(default)s)")
     draws = parser.parse_args().draws
     print(f"{platform.machine()}, {os.cpu_count()} CPUs, PyTorch {torch.__version__}\n")
     print("| N, C, D, width, layers |", *(f'`"{scaling}"` |' for scaling in SCALINGS))

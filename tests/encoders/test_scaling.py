@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from setpred import FSPool, GradientDescent, PooledEncoder, RelationEncoder
 from setpred.encoders.base import EncoderBase
@@ -43,10 +44,10 @@ def test_curvature_does_not_depend_on_sizes(size: int, channels: int, features: 
         torch.manual_seed(seed)
         encoder = make(channels, features, 64, layers, pool=pool, size_feature=seed == 0)
         values.append(curvature(encoder, *starts(size, channels)[seed], iterations=10))
-    # Of many elements of many channels, a maximum has more that take part than its formula knows of.
-    least = 0.1 if pool == "max" and size == 512 else 0.2
+    # In a maximum over many elements of many channels more of them take part than its formula knows of.
+    least = 0.05 if pool == "max" and size == 512 else 0.2
     assert least < torch.tensor(values).median() < 2
-    assert min(values) > 0.1
+    assert min(values) > least / 2
     assert max(values) < 4
 
 
@@ -114,6 +115,29 @@ def test_a_pool_of_ones_own_is_not_scaled(cls: type[EncoderBase], scaling: str) 
 @pytest.mark.parametrize("size", [1, 2])
 def test_sets_of_one(cls: type[EncoderBase], pool: str, size: int) -> None:
     assert cls(3, 5, 6, pool=pool)(torch.randn(2, size, 3)).isfinite().all()
+
+
+@EVERY_POOL
+@EVERY_SCALING
+def test_sizes_may_be_symbols(scaling: str, pool: str) -> None:
+    encoder = RelationEncoder(3, 5, 6, pool=pool, size_feature=True, scaling=scaling)
+    sizes = {1: torch.export.Dim("n", min=2, max=64)}
+    example = torch.randn(2, 6, 3), torch.rand(2, 6)
+    exported = torch.export.export(encoder, example, dynamic_shapes={"elements": sizes, "mask": sizes}).module()
+    for size in (4, 9):
+        elements, mask = torch.randn(2, size, 3), torch.rand(2, size)
+        torch.testing.assert_close(exported(elements, mask), encoder(elements, mask))
+
+
+@EVERY_POOL
+def test_compiles_once_for_all_sizes(pool: str) -> None:
+    torch._dynamo.reset()
+    encoder, counter = RelationEncoder(3, 5, 6, pool=pool, size_feature=True), CompileCounter()
+    compiled = torch.compile(encoder, fullgraph=True, dynamic=True, backend=counter)
+    for size in (5, 8, 11):
+        elements, mask = torch.randn(2, size, 3), torch.rand(2, size)
+        torch.testing.assert_close(compiled(elements, mask), encoder(elements, mask))
+    assert counter.frame_count == 1
 
 
 # The published scalings

@@ -148,7 +148,15 @@ def test_report_shows_test_scores_of_what_is_best_on_validation(tmp_path, monkey
     panel.main(["--report", "--out", str(tmp_path)])
     rows = table_of(tmp_path)
     assert rows[0] == ["task", "", "DSPN", "DSPN, 80 steps", "DSPN, 4 starts of 40 steps", "MLP", "LSTM"]
-    assert rows[1] == ["digits", "Hungarian error x 1e4", "**500.00**", "10500.00", "20500.00", "3000.00 ± 1414.21", "-"]
+    assert rows[1] == [
+        "digits",
+        "Hungarian error x 1e4",
+        "**500.00**",
+        "10500.00",
+        "20500.00",
+        "3000.00 ± 1414.21",
+        "-",
+    ]
     assert rows[2:6] == [
         ["", "learning rate", "0.001", "", "", "0.003", "-"],
         ["", "training steps", "10", "", "", "15", "-"],
