@@ -25,7 +25,7 @@ class Trajectory(NamedTuple):
     Example:
         >>> from setpred import DSPNDecoder, PooledEncoder
         >>> decoder = DSPNDecoder(PooledEncoder(2, 16), iters=10, set_size=5, channels=2)
-        >>> trajectory = decoder(torch.randn(3, 16)).trajectory
+        >>> trajectory = decoder(torch.randn(3, 16), record=True).trajectory
         >>> trajectory.elements.shape, trajectory.repr_loss.shape
         (torch.Size([11, 3, 5, 2]), torch.Size([10, 3]))
 

@@ -23,10 +23,10 @@ def rings(count: int) -> Tensor:
 
 
 # %%
-# A short training with 10 inner steps of learning rate 25.
+# A short training by the DSPN paper's recipe: 10 inner steps of a fixed learning rate, 25.
 
 encoder = PooledEncoder(2, 32, 64, scaling="dspn")
-decoder = DSPNDecoder(encoder, iters=10, lr=25.0, set_size=12, channels=2, mask_clamp=None)
+decoder = DSPNDecoder.paper(encoder, set_size=12, channels=2, mask_clamp=None)
 loss = DSPNLoss(encoder, HungarianLoss("mse", presence="none"))
 optimizer = torch.optim.Adam(decoder.parameters(), 0.01)
 for _ in range(100):

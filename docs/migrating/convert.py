@@ -87,11 +87,12 @@ def dspn_decoder(
     batch_size: int = 32,
     **options: Any,
 ) -> DSPNDecoder:
-    """Convert `DSPN`, with the `lr` and batch size that it was trained with; options go to DSPNDecoder."""
+    """Convert `DSPN`, with the `lr` and batch size that it was trained with; options go to DSPNDecoder.paper."""
     part = _part(state, prefix, "starting_set")
     _, channels, set_size = part["starting_set"].shape
     start = LearnedStart(part["starting_set"].mT.contiguous(), part["starting_mask"].clone())
-    return DSPNDecoder(encoder, iters, lr / batch_size, set_size=set_size, channels=channels, init=start, **options)
+    recipe = {"iters": iters, "lr": lr / batch_size, "init": start} | options
+    return DSPNDecoder.paper(encoder, set_size=set_size, channels=channels, **recipe)
 
 
 def mlp_decoder(state: State, prefix: str = "", *, set_size: int) -> MLPDecoder:

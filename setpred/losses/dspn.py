@@ -47,7 +47,7 @@ class DSPNLoss(ScaledLoss):
         >>> import torch
         >>> from setpred import DSPNDecoder, DSPNLoss, HungarianLoss, PooledEncoder
         >>> encoder = PooledEncoder(in_channels=2, out_channels=16)
-        >>> decoder = DSPNDecoder(encoder, set_size=5, channels=2)
+        >>> decoder = DSPNDecoder.paper(encoder, set_size=5, channels=2)
         >>> loss = DSPNLoss(encoder, HungarianLoss())
         >>> z, target = torch.randn(3, 16), torch.rand(3, 5, 2)
         >>> loss(decoder(z), target, z=z).shape

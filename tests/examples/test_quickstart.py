@@ -31,7 +31,7 @@ def test_quick_run_prints_the_table_and_writes_figures_and_picture(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "±" in done.stdout
     figures = json.loads((tmp_path / "new/figures.json").read_text())
-    assert list(figures) == ["DSPN", "iDSPN", "MLP", "LSTM"]
+    assert list(figures) == ["DSPN", "MLP", "LSTM"]
     assert all(len(figure["hungarian_error"]) == 2 for figure in figures.values())
     picture = "out/quickstart-quick/digits.png"  # not in the place of a real one
     assert (tmp_path / picture).stat().st_size > 10_000
