@@ -276,7 +276,7 @@ forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecat
 
 def test_nothing_public_is_forgotten() -> None:
     public = {*setpred.__all__, *functional.__all__, *metrics.__all__} - {"functional", "metrics"}
-    types = {"SetPrediction", "Trajectory", "SetEncoder", "Transport", "Descent"}
+    types = {"SetPrediction", "Trajectory", "Diagnosis", "SetEncoder", "Transport", "Descent"}
     functions_as_modules = {"HungarianLoss", "ChamferLoss", "SinkhornLoss", "RepresentationLoss"}
     refused = {"unpad_sets", "matched_pairs", "AveragePrecision", "average_precision", "LSTMDecoder"}
     assert {name.split(":")[0] for name in CASES} == public - types - functions_as_modules - refused
