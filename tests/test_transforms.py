@@ -51,6 +51,9 @@ from setpred.functional import (
 )
 from setpred.metrics import AveragePrecision, attribute_distance, average_precision, box_iou
 
+# One untrained decoder is called more than a hundred times.
+pytestmark = pytest.mark.filterwarnings("ignore:DSPNDecoder does not descend:RuntimeWarning")
+
 V, B, N, M, C, D = 3, 2, 5, 4, 3, 6  # V: what is mapped over
 DOUBLE = {"dtype": torch.float64}
 

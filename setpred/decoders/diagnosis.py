@@ -64,7 +64,8 @@ class Diagnosis(NamedTuple):
             linear; an encoder's own second derivatives are left out.
         stability: ``lr`` times the curvature, shape ``(samples,)``; None if the step rule has no fixed ``lr``.
         limit: What it must stay below: 2 for plain gradient descent, :math:`2 (1 + \mu)` with momentum and
-            :math:`2 (1 + \mu) / (1 + 2 \mu)` with Nesterov's.
+            :math:`2 (1 + \mu) / (1 + 2 \mu)` with Nesterov's. Training leads to somewhat above it without harm; it is
+            judged where more steps do not lower the set error.
         predicted_size: Predicted number of elements (mask above 0.5), a mean over samples.
         target_size: True number of elements, a mean over samples.
         size_error: Absolute difference of both, a mean over samples.
@@ -346,7 +347,8 @@ def _verdicts(found: Diagnosis, decoder: DSPNDecoder, reach: float) -> list[str]
     blown = max(end, *later) > BLOWN_UP * start or last > BLOWN_UP * first
     least, counted = DECODED * start, max(end, DECODED * start)
     arrived = max(min(later), least) >= (1 - CHANGE) * counted
-    unstable = found.stability is not None and _median(found.stability) > (found.limit or 0)
+    stability, limit = (math.nan if found.stability is None else _median(found.stability)), found.limit or math.nan
+    unstable = stability > limit
     stuck = end > (1 - CHANGE) * start
     falls = last < FALLS * first
     verdicts = []
@@ -368,7 +370,8 @@ def _verdicts(found: Diagnosis, decoder: DSPNDecoder, reach: float) -> list[str]
         times, best = min(("twice", later[0]), ("four times", later[1]), key=lambda pair: pair[1])
         verdicts.append(
             f"It has not arrived: {times} the steps lower the set error by {100 * (1 - best / end):.0f} %. Raise "
-            "`iters`, in evaluation first, where no training has to be repeated, or take larger steps."
+            "`iters`, in evaluation first, where no training has to be repeated"
+            + (f", or `lr` to {_good_lr(found)}." if stability < limit / 4 else ".")
         )
     if sound and later[1] > (1 + CHANGE) * counted:
         verdicts.append(
