@@ -6,7 +6,7 @@ A backbone gives a vector, a decoder makes a set of it, a loss compares it with 
 """
 
 from setpred import functional, metrics
-from setpred.decoders import DSPNDecoder, LSTMDecoder, MLPDecoder
+from setpred.decoders import Diagnosis, DSPNDecoder, LSTMDecoder, MLPDecoder
 from setpred.encoders import FSPool, FSUnpool, PooledEncoder, RelationEncoder, SetEncoder
 from setpred.functional import GradientDescent, PolyakDescent, linear_assignment, on_channels, sum_costs
 from setpred.losses import (
@@ -37,6 +37,7 @@ __all__ = [
     "PooledEncoder",
     "RelationEncoder",
     "DSPNDecoder",
+    "Diagnosis",
     "GradientDescent",
     "PolyakDescent",
     "MLPDecoder",

@@ -224,6 +224,8 @@ def things() -> Iterator[tuple[str, Case]]:
         Case(decode(paper_decoder(encoder, 2, set_size=N, channels=C).requires_grad_(False))),
     )
     yield "Trajectory", Case(trajectory)
+    decoder = DSPNDecoder(encoder, 2, set_size=N, channels=C)
+    yield "Diagnosis", Case(decoder.diagnose(next(inputs((B, D))), elements))
     yield "Transport", Case(entropic_transport(elements, mask.softmax(1), more[0, :, 0].softmax(1)))
     yield "Descent", Case(descend(half_square, elements[:, 0], steps=2, lr=0.1, record=True), tuple)
 

@@ -52,6 +52,9 @@ from setpred.functional import (
 from setpred.metrics import AveragePrecision, attribute_distance, average_precision, box_iou
 from tests.rules import paper_decoder
 
+# One untrained decoder is called more than a hundred times.
+pytestmark = pytest.mark.filterwarnings("ignore:DSPNDecoder does not descend:RuntimeWarning")
+
 V, B, N, M, C, D = 3, 2, 5, 4, 3, 6  # V: what is mapped over
 DOUBLE = {"dtype": torch.float64}
 
@@ -277,7 +280,7 @@ forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecat
 
 def test_nothing_public_is_forgotten() -> None:
     public = {*setpred.__all__, *functional.__all__, *metrics.__all__} - {"functional", "metrics"}
-    types = {"SetPrediction", "Trajectory", "SetEncoder", "Transport", "Descent"}
+    types = {"SetPrediction", "Trajectory", "Diagnosis", "SetEncoder", "Transport", "Descent"}
     functions_as_modules = {"HungarianLoss", "ChamferLoss", "SinkhornLoss", "RepresentationLoss"}
     refused = {"unpad_sets", "matched_pairs", "AveragePrecision", "average_precision", "LSTMDecoder"}
     assert {name.split(":")[0] for name in CASES} == public - types - functions_as_modules - refused

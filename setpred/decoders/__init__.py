@@ -1,7 +1,8 @@
 """Decoders: a vector becomes a set and its mask."""
 
+from setpred.decoders.diagnosis import Diagnosis
 from setpred.decoders.dspn import DSPNDecoder
 from setpred.decoders.lstm import LSTMDecoder
 from setpred.decoders.mlp import MLPDecoder
 
-__all__ = ["DSPNDecoder", "MLPDecoder", "LSTMDecoder"]
+__all__ = ["DSPNDecoder", "Diagnosis", "MLPDecoder", "LSTMDecoder"]

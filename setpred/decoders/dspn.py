@@ -21,6 +21,8 @@ from setpred._checks import (
     check_shape,
     in_transform,
 )
+from setpred.decoders._watch import Watch
+from setpred.decoders.diagnosis import Diagnosis, SetLoss, diagnose
 from setpred.encoders.base import SetEncoder, parameter_dtype
 from setpred.functional._recompute import check_versions, uncompiled
 from setpred.functional.descent import Descent, descend, outside_inference
@@ -152,6 +154,7 @@ class DSPNDecoder(nn.Module):
         self.differentiate: Literal["unrolled", "implicit"] = differentiate
         self.checkpoint = checkpoint
         self.init, self.starts, self.scaler = init, starts, scaler
+        self._watch = Watch()
         if init == "learned":
             self.initial_elements = nn.Parameter(
                 torch.empty(set_size, channels, device=device, dtype=dtype),
@@ -274,10 +277,15 @@ class DSPNDecoder(nn.Module):
         descended = self._descend_from
         if torch.compiler.is_compiling() and _refuses_func_grad(self.encoder):
             descended = uncompiled(descended)
-        descent = descended(z, starting, mask, iters or self.iters, record)
+        watched = self.training and not torch.compiler.is_compiling() and not in_transform() and self._watch.due()
+        # A start that was made for this z may be at the end already.
+        judged = watched and init is None and not isinstance(self.init, nn.Module) and self._watch.wants_loss
+        descent = descended(z, starting, mask, iters or self.iters, record or judged)
+        if watched:
+            self._watch.look(descent.value, descent.loss if judged else None, self.tol)
         ones = z.new_ones(elements.shape[:2], dtype=elements.dtype)
         elements, mask = descent.value if mask is not None else (*descent.value, ones)
-        if descent.trajectory is None or descent.loss is None or descent.grad_norm is None:
+        if not record or descent.trajectory is None or descent.loss is None or descent.grad_norm is None:
             return SetPrediction(unscaled(elements, self.scaler), mask, None)
         elements, steps = unscaled(elements, self.scaler), unscaled(descent.trajectory[0], self.scaler)
         masks = descent.trajectory[1] if len(descent.trajectory) > 1 else ones.expand(len(steps), *ones.shape)
@@ -334,6 +342,55 @@ class DSPNDecoder(nn.Module):
         """
         mask = None if self.mask_clamp is None else prediction.mask
         return self._loss(self.encoder(scaled(prediction.elements, self.scaler), mask), z)
+
+    def diagnose(
+        self,
+        z: Tensor,
+        target: Tensor,
+        target_mask: Tensor | None = None,
+        *,
+        iters: int | None = None,
+        set_loss: SetLoss | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Diagnosis:
+        """Look at the descent on a validation batch, and say what is wrong and what to do about it.
+
+        ``print(decoder.diagnose(z, target, target_mask))`` is a report. It takes a descent of four times the steps and
+        one from the target, in evaluation mode, without compiling, and waits for the device. Nothing changes: no
+        parameter, buffer, gradient or mode, nor PyTorch's random state.
+
+        Args:
+            z: What the decoder is given, shape ``(B, D)``, B >= 1.
+            target: Target elements, shape ``(B, M, C)`` with M at most ``set_size``.
+            target_mask: Bool or float {0, 1}, shape ``(B, M)``; None means that all are present. Values of absent
+                elements are not seen.
+            iters: Number of steps T, by default the decoder's.
+            set_loss: The set error, called as ``set_loss(pred, target, pred_mask, target_mask)``, a scalar; by default
+                :class:`setpred.HungarianLoss`. Without a scaler of its own it gets elements in the decoder's
+                coordinates, as :class:`setpred.DSPNLoss` calls it.
+            generator: Source of random initial sets; it does go on.
+
+        Returns:
+            Numbers, and verdicts that are judged on the set error: the loss of the descent may fall while the sets get
+            worse.
+
+        Raises:
+            ValueError: If a shape is wrong, there is no sample, or the targets have more rows than ``set_size``.
+            TypeError: If a dtype is wrong.
+
+        Example:
+            >>> from setpred import DSPNDecoder, PolyakDescent, PooledEncoder
+            >>> encoder = PooledEncoder(2, 64, 64)
+            >>> decoder = DSPNDecoder(encoder, iters=40, lr=PolyakDescent(), set_size=5, channels=2)
+            >>> target = torch.randn(16, 5, 2)
+            >>> diagnosis = decoder.diagnose(encoder(target), target)
+            >>> diagnosis.steps
+            (0, 40, 80, 160)
+            >>> print(diagnosis)
+            Diagnosis of 16 samples, 40 steps
+              set error ...
+        """
+        return diagnose(self, z, target, target_mask, iters=iters, set_loss=set_loss, generator=generator)
 
     def _loss(self, representation: Tensor, z: Tensor) -> Tensor:
         check_shape("encoder(elements, mask)", representation, *z.shape)

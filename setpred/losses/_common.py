@@ -44,6 +44,17 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
+def as_encoded(target: Tensor, mask: Tensor | None, rows: int) -> tuple[Tensor, Tensor | None]:
+    """Targets as they are encoded: 0 where absent, and padded with absent elements to the prediction's rows."""
+    if mask is not None:
+        target = target.masked_fill((mask == 0).unsqueeze(-1), 0)
+    missing = rows - target.shape[1]
+    if missing > 0:
+        mask = target.new_ones(target.shape[:2]) if mask is None else mask
+        target, mask = F.pad(target, (0, 0, 0, missing)), F.pad(mask, (0, missing))
+    return target, mask
+
+
 def charge(pred: Tensor, partner: Tensor, cost: Cost, charged: Tensor | None) -> Tensor:
     """Cost of each pair, (S, N); 0 where ``charged`` is False.
 

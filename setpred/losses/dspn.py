@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
 from setpred._checks import check_at_least, check_choice, check_finite, check_mask, check_shape, check_soft_mask
 from setpred.encoders.base import SetEncoder, parameter_dtype
-from setpred.losses._common import ScaledLoss, scaler_repr
+from setpred.losses._common import ScaledLoss, as_encoded, scaler_repr
 from setpred.losses.representation import KINDS, Kind, representation_loss
 from setpred.scaler import StandardScaler
 from setpred.sets import SetPrediction
@@ -131,18 +130,13 @@ class DSPNLoss(ScaledLoss):
                     "differentiate='implicit' records it detached; use steps='last'"
                 )
         elements, target = self._scaled(elements, target, "prediction.elements")
-        if target_mask is not None:
-            target = target.masked_fill((target_mask == 0).unsqueeze(-1), 0)
-        missing = rows - target.shape[1]
-        if missing < 0 and z is not None and self.repr_weight > 0:
+        if target.shape[1] > rows and z is not None and self.repr_weight > 0:
             # The surplus may be absent, but to see that would wait for the device.
             raise ValueError(
                 "`target` must have at most as many rows as `prediction` to be encoded, "
                 f"got {target.shape[1]} and {rows}"
             )
-        if missing > 0:
-            target_mask = target.new_ones(target.shape[:2]) if target_mask is None else target_mask
-            target, target_mask = F.pad(target, (0, 0, 0, missing)), F.pad(target_mask, (0, missing))
+        target, target_mask = as_encoded(target, target_mask, rows)
         loss = self.set_loss(elements, target, mask, target_mask)
         check_shape("set_loss(pred, target, pred_mask, target_mask)", loss)
         if z is None or self.repr_weight == 0:

@@ -115,6 +115,8 @@ CALLS: list[Callable[[], object]] = [
     lambda: decoder(mask_clamp=None, init=nn.Identity())(torch.randn(3, 8), init=(sets, mask)),
     decode_in_inference_mode,
     lambda: train(lambda elements, mask: elements.detach().sum(1), width=2),
+    lambda: decoder().diagnose(torch.randn(0, 8), sets[:0]),
+    lambda: decoder().diagnose(torch.randn(3, 8), torch.rand(3, 6, 2)),
     lambda: train(lambda elements, mask: elements.detach().sum(1) * weight, width=2),
     change_before_backward,
     lambda: turn_before_backward(nn.Dropout(0.5)),
