@@ -24,6 +24,7 @@ from setpred import (
     HungarianLoss,
     LSTMDecoder,
     MLPDecoder,
+    PolyakDescent,
     PooledEncoder,
     RelationEncoder,
     RepresentationLoss,
@@ -160,6 +161,12 @@ CASES: dict[str, Case] = {
     "RepresentationLoss": lambda: called(RepresentationLoss(), torch.rand(2, 8), torch.rand(2, 8)),
     "representation_loss": lambda: called(setpred.representation_loss, torch.rand(2, 8), torch.rand(2, 8), kind="mse"),
     "DSPNLoss": lambda: called(Outer(), torch.randn(2, 8), torch.rand(2, 5, 3), presence(2, 5)),
+    **{
+        type(rule).__name__: lambda rule=rule: called(
+            functional.descend, lambda y: y.square().sum(1), torch.rand(2, 3), steps=3, lr=rule
+        )
+        for rule in (GradientDescent(0.1, momentum=0.5, grad_clip=0.5), PolyakDescent())
+    },
     "pad_sets": lambda: called(lambda *some: pad_sets(some, 4), torch.rand(3, 2), torch.rand(1, 2)),
     "unpad_sets": lambda: called(unpad_sets, torch.rand(2, 5, 3), presence(2, 5)),
     "argsort_descending": lambda: called(functional.argsort_descending, torch.rand(2, 5)),
@@ -234,6 +241,8 @@ def test_every_public_name_is_here() -> None:
         "SetEncoder",
         "Transport",
         "Descent",
+        "StepRule",
+        "Gradient",
         "functional",
         "metrics",
     }

@@ -21,6 +21,7 @@ from setpred import (
     HungarianLoss,
     LSTMDecoder,
     MLPDecoder,
+    PolyakDescent,
     PooledEncoder,
     RelationEncoder,
     StandardScaler,
@@ -36,6 +37,7 @@ from setpred import (
     unpad_sets,
 )
 from setpred.functional import (
+    StepRule,
     argsort_descending,
     cross_entropy_cost,
     descend,
@@ -50,7 +52,7 @@ from setpred.functional import (
     sort_unpool,
 )
 from setpred.metrics import AveragePrecision, attribute_distance, average_precision, box_iou
-from tests.rules import paper_decoder
+from tests.rules import paper_decoder, recipe
 
 # One untrained decoder is called more than a hundred times.
 pytestmark = pytest.mark.filterwarnings("ignore:DSPNDecoder does not descend:RuntimeWarning")
@@ -178,19 +180,22 @@ def of_functions() -> Iterator[tuple[str, Case]]:
         Case(lambda c, a, b: entropic_transport(c, a, b, epsilon=0.1, iters=8), (cost.square(), *weights), False),
     )
 
-    def descent(y: Tensor, target: Tensor, differentiate: str = "unrolled") -> object:
+    def descent(y: Tensor, target: Tensor, differentiate: str = "unrolled", rule: StepRule | None = None) -> object:
         result = descend(
             lambda y, target: (y - target).square().sum(1),
             y,
             args=(target,),
             steps=3,
-            lr=GradientDescent(0.1, momentum=0.5, grad_clip=1.0),
+            lr=rule or GradientDescent(0.1, momentum=0.5, grad_clip=1.0),
             tol=0.5,
             differentiate=differentiate,
             record=True,
         )
         return tuple(result) if differentiate == "unrolled" else result.value
 
+    polyak = PolyakDescent(max_lr=0.3, momentum=0.5)
+    yield "PolyakDescent", Case(lambda y, t: descent(y, t, rule=polyak), (normal(B, D), normal(B, D)))
+    yield "GradientDescent", Case(descent, (normal(B, D), normal(B, D)))
     yield "descend", Case(descent, (normal(B, D), normal(B, D)))
     yield "descend:implicit", Case(lambda y, t: descent(y, t, "implicit"), (normal(B, D), normal(B, D)))
     yield "pad_sets", Case(lambda *sets: pad_sets(sets), (normal(2, C), normal(4, C), normal(0, C)))
@@ -217,7 +222,12 @@ ENCODERS = {
 }
 DECODERS: dict[str, Callable[[], nn.Module]] = {
     "DSPNDecoder": lambda: DSPNDecoder.paper(PooledEncoder(C, D, 8), set_size=N, channels=C, iters=3, lr=1.0),
-    "DSPNDecoder:implicit": lambda: DSPNDecoder.idspn(PooledEncoder(C, D, 8), set_size=N, channels=C, iters=3),
+    "DSPNDecoder:implicit": lambda: DSPNDecoder.idspn(
+        PooledEncoder(C, D, 8), set_size=N, channels=C, iters=3, **recipe("idspn")
+    ),
+    "DSPNDecoder:default": lambda: DSPNDecoder(
+        PooledEncoder(C, D, 8), set_size=N, channels=C, iters=3, init="learned"
+    ),
     "DSPNDecoder:no mask": lambda: paper_decoder(
         RelationEncoder(C, D, 8), 3, GradientDescent(1.0, 0.5, True, 1.0), None, set_size=N, channels=C
     ),
@@ -230,6 +240,7 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
         channels=C,
         iters=3,
         scaler=fitted_scaler(),
+        **recipe("idspn"),
         project=lambda elements, mask: (elements.clamp(max=5), mask),
     ),
     "MLPDecoder": lambda: MLPDecoder(D, N, C, 8),
@@ -280,7 +291,7 @@ forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecat
 
 def test_nothing_public_is_forgotten() -> None:
     public = {*setpred.__all__, *functional.__all__, *metrics.__all__} - {"functional", "metrics"}
-    types = {"SetPrediction", "Trajectory", "Diagnosis", "SetEncoder", "Transport", "Descent"}
+    types = {"SetPrediction", "Trajectory", "Diagnosis", "SetEncoder", "Transport", "Descent", "StepRule", "Gradient"}
     functions_as_modules = {"HungarianLoss", "ChamferLoss", "SinkhornLoss", "RepresentationLoss"}
     refused = {"unpad_sets", "matched_pairs", "AveragePrecision", "average_precision", "LSTMDecoder"}
     assert {name.split(":")[0] for name in CASES} == public - types - functions_as_modules - refused

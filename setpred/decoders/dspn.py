@@ -78,8 +78,8 @@ class DSPNDecoder(nn.Module):
         checkpoint: Whether ``"unrolled"`` keeps only the sets and computes each step again in the backward pass: the
             same gradients in the memory of one step, for more time. What an encoder counts when it is called, such as
             batch normalisation's statistics, it counts twice.
-        init: :math:`Y_0`: ``"learned"`` (one parameter, uniform in [0, 1]), ``"random"`` (0.1 times standard normal,
-            drawn at each call), or a module from z to elements ``(B, N, C)``, or to elements and mask ``(B, N)``. Masks
+        init: :math:`Y_0`: ``"random"`` (0.1 times standard normal, drawn at each call: an encoder that is trained from
+            many starts decodes from any), ``"learned"`` (one parameter, uniform in [0, 1]), or a module from z to elements ``(B, N, C)``, or to elements and mask ``(B, N)``. Masks
             start at 0.5 unless the module gives them. Other sets than the learned one are carried in the dtype of the
             encoder's parameters, if it has any.
         starts: Number of descents K, of which each sample keeps the one with the least representation loss at its end;
@@ -123,7 +123,7 @@ class DSPNDecoder(nn.Module):
         tol: float | None = None,
         differentiate: Literal["unrolled", "implicit"] = "implicit",
         checkpoint: bool = False,
-        init: Literal["learned", "random"] | nn.Module = "learned",
+        init: Literal["learned", "random"] | nn.Module = "random",
         starts: int = 1,
         scaler: StandardScaler | None = None,
         device: torch.device | str | None = None,

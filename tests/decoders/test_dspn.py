@@ -357,7 +357,7 @@ IDSPN = PAPER | {
     "init": "random",
 }
 
-DEFAULT = IDSPN | {"lr": PolyakDescent(1.0, momentum=0.9), "init": "learned"}
+DEFAULT = IDSPN | {"lr": PolyakDescent(1.0, momentum=0.9)}
 
 
 @pytest.mark.parametrize(
