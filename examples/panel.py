@@ -40,9 +40,9 @@ import setpred
 from setpred import DSPNDecoder, LSTMDecoder, MLPDecoder
 
 CONTESTANTS = {
-    # The default, and nothing set.
+    # As recommended, and nothing set.
     "dspn": Contestant(
-        lambda encoder, size, channels: DSPNDecoder(encoder, set_size=size, channels=channels),
+        lambda encoder, size, channels: DSPNDecoder.recommended(encoder, set_size=size, channels=channels),
         {"DSPN": {}, "DSPN, 80 steps": {"iters": 80}, "DSPN, 4 starts of 40 steps": {"iters": 40, "starts": 4}},
     ),
     "mlp": Contestant(lambda encoder, size, channels: MLPDecoder(LATENT, size, channels, WIDTH), {"MLP": {}}),

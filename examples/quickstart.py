@@ -74,7 +74,7 @@ class Recipe(NamedTuple):
 RECIPES = {
     # In evaluation with more steps than in training, since the descent goes on to improve.
     "DSPN": Recipe(
-        lambda encoder, size: DSPNDecoder(encoder, set_size=size, channels=2),
+        lambda encoder, size: DSPNDecoder.recommended(encoder, set_size=size, channels=2),
         steps=450,
         lr=0.007,
         evaluation={"iters": 80},

@@ -169,6 +169,21 @@ def test_a_saved_program_is_the_same_and_has_the_models_parameters() -> None:
         assert torch.equal(a, e)
 
 
+def test_a_program_draws_random_starts_for_every_batch_size() -> None:
+    model = DSPNDecoder.recommended(PooledEncoder(2, 16, 16), iters=2, set_size=5, channels=2).eval()
+    program = to_program(model, torch.randn(3, 16)).module()
+    for size in BATCHES:
+        z = torch.randn(size, 16)
+        torch.manual_seed(0)
+        one, mask = program(z)[:2]
+        other = program(z)[0]
+        torch.manual_seed(0)
+        expected = model(z)
+        assert one.shape == (size, 5, 2)
+        assert not torch.equal(one, other)
+        torch.testing.assert_close((one, mask), tuple(expected[:2]), rtol=1e-3, atol=1e-3)
+
+
 def test_exporting_leaves_model_and_modes_alone() -> None:
     model = decoder("idspn")
     before = {name: value.clone() for name, value in model.state_dict().items()}

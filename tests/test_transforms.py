@@ -225,7 +225,7 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
     "DSPNDecoder:implicit": lambda: DSPNDecoder.idspn(
         PooledEncoder(C, D, 8), set_size=N, channels=C, iters=3, **recipe("idspn")
     ),
-    "DSPNDecoder:default": lambda: DSPNDecoder(
+    "DSPNDecoder:recommended": lambda: DSPNDecoder.recommended(
         PooledEncoder(C, D, 8), set_size=N, channels=C, iters=3, init="learned"
     ),
     "DSPNDecoder:no mask": lambda: paper_decoder(

@@ -78,10 +78,10 @@ class DSPNDecoder(nn.Module):
         checkpoint: Whether ``"unrolled"`` keeps only the sets and computes each step again in the backward pass: the
             same gradients in the memory of one step, for more time. What an encoder counts when it is called, such as
             batch normalisation's statistics, it counts twice.
-        init: :math:`Y_0`: ``"random"`` (0.1 times standard normal, drawn at each call: an encoder that is trained from
-            many starts decodes from any), ``"learned"`` (one parameter, uniform in [0, 1]), or a module from z to elements ``(B, N, C)``, or to elements and mask ``(B, N)``. Masks
-            start at 0.5 unless the module gives them. Other sets than the learned one are carried in the dtype of the
-            encoder's parameters, if it has any.
+        init: :math:`Y_0`: ``"learned"`` (one parameter, uniform in [0, 1]), ``"random"`` (0.1 times standard normal, drawn
+            at each call: an encoder that is trained from many starts decodes from any), or a module from z to elements
+            ``(B, N, C)``, or to elements and mask ``(B, N)``. Masks start at 0.5 unless the module gives them. Other
+            sets than the learned one are carried in the dtype of the encoder's parameters, if it has any.
         starts: Number of descents K, of which each sample keeps the one with the least representation loss at its end;
             the first is from :math:`Y_0`, the others from random sets, as ``"random"`` draws them. They run side by
             side; in eager mode with ``tol``, one after the other, for the samples whose loss is above it.
@@ -97,7 +97,7 @@ class DSPNDecoder(nn.Module):
     Example:
         >>> from setpred import DSPNDecoder, PooledEncoder
         >>> encoder = PooledEncoder(in_channels=2, out_channels=64)
-        >>> decoder = DSPNDecoder(encoder, set_size=30, channels=2)
+        >>> decoder = DSPNDecoder.recommended(encoder, set_size=30, channels=2)
         >>> elements, mask, trajectory = decoder(torch.randn(8, 64), record=True)
         >>> elements.shape, mask.shape, trajectory.elements.shape
         (torch.Size([8, 30, 2]), torch.Size([8, 30]), torch.Size([21, 8, 30, 2]))
@@ -111,19 +111,19 @@ class DSPNDecoder(nn.Module):
     def __init__(
         self,
         encoder: SetEncoder,
-        iters: int = 20,
+        iters: int = 10,
         lr: float | StepRule = _LR,
         mask_clamp: tuple[float, float] | None = (0.0, 1.0),
         *,
         set_size: int,
         channels: int,
-        repr_loss: Kind = "mse",
+        repr_loss: Kind = "huber",
         anchor: float = 0.0,
         project: Project | None = None,
         tol: float | None = None,
-        differentiate: Literal["unrolled", "implicit"] = "implicit",
+        differentiate: Literal["unrolled", "implicit"] = "unrolled",
         checkpoint: bool = False,
-        init: Literal["learned", "random"] | nn.Module = "random",
+        init: Literal["learned", "random"] | nn.Module = "learned",
         starts: int = 1,
         scaler: StandardScaler | None = None,
         device: torch.device | str | None = None,
@@ -163,6 +163,38 @@ class DSPNDecoder(nn.Module):
         else:
             self.register_parameter("initial_elements", None)
         self.reset_parameters()
+
+    @classmethod
+    def recommended(cls, encoder: SetEncoder, *, set_size: int, channels: int, **overrides: Any) -> Self:
+        """Build the decoder to begin with: nothing in it has to be tuned.
+
+        20 steps of :class:`setpred.PolyakDescent`, which size themselves, on half the squared error, differentiated
+        implicitly, so that memory does not grow with them; from random sets, so that the encoder learns to decode from
+        any. Train it with a set loss of the prediction alone; evaluate it with more steps.
+
+        Args:
+            encoder: Set encoder; a :class:`setpred.PooledEncoder` as it is made by default. One of your own should have
+                about the same curvature: see the documentation, concepts, inner optimisation.
+            set_size: Largest number of elements.
+            channels: Features of an element.
+            **overrides: Any argument of :class:`DSPNDecoder`, to change the recipe.
+
+        Example:
+            >>> from setpred import DSPNDecoder, PooledEncoder
+            >>> DSPNDecoder.recommended(PooledEncoder(2, 64), set_size=30, channels=2).lr
+            PolyakDescent(max_lr=1.0, momentum=0.9)
+
+        Source: implicit differentiation, momentum and random starts: Zhang et al. (ICLR 2022).
+        """
+        recipe: dict[str, Any] = {
+            "iters": 20,
+            "lr": PolyakDescent(),
+            "mask_clamp": (0.0, 1.0),
+            "repr_loss": "mse",
+            "differentiate": "implicit",
+            "init": "random",
+        }
+        return cls(encoder, set_size=set_size, channels=channels, **recipe | overrides)
 
     @classmethod
     def paper(cls, encoder: SetEncoder, *, set_size: int, channels: int, **overrides: Any) -> Self:
@@ -487,7 +519,9 @@ class DSPNDecoder(nn.Module):
 
 
 def _random_elements(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return 0.1 * torch.randn(shape, device=like.device, dtype=like.dtype, generator=generator)
+    if generator is not None:
+        return 0.1 * torch.randn(shape, device=like.device, dtype=like.dtype, generator=generator)
+    return 0.1 * torch.randn_like(like.new_empty(shape))  # the same numbers; exported, for every batch size
 
 
 def _samples(rows: Tensor, *descents: Descent[_Parts]) -> Descent[_Parts]:

@@ -357,13 +357,19 @@ IDSPN = PAPER | {
     "init": "random",
 }
 
-DEFAULT = IDSPN | {"lr": PolyakDescent(1.0, momentum=0.9)}
+DEFAULT = PAPER | {"lr": PolyakDescent(1.0, momentum=0.9)}
+RECOMMENDED = IDSPN | {"lr": PolyakDescent(1.0, momentum=0.9)}
 
 
 @pytest.mark.parametrize(
     ("build", "expected"),
-    [(DSPNDecoder, DEFAULT), (DSPNDecoder.paper, PAPER), (DSPNDecoder.idspn, IDSPN)],
-    ids=["default", "paper", "idspn"],
+    [
+        (DSPNDecoder, DEFAULT),
+        (DSPNDecoder.recommended, RECOMMENDED),
+        (DSPNDecoder.paper, PAPER),
+        (DSPNDecoder.idspn, IDSPN),
+    ],
+    ids=["default", "recommended", "paper", "idspn"],
 )
 def test_presets_have_the_published_numbers(build: Callable[..., DSPNDecoder], expected: dict[str, Any]) -> None:
     encoder = PooledEncoder(C, D)
