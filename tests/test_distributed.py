@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from setpred import DSPNDecoder, PooledEncoder, SetPrediction, StandardScaler
 from tests.processes import run_in_two_processes
+from tests.rules import recipe
 
 STEPS = 2  # a parameter that got no gradient in the first fails the second
 
@@ -21,7 +22,9 @@ class Model(nn.Module):
         self.backbone = nn.Linear(5, 8)
         encoder = PooledEncoder(2, 8, 16)
         scaler = StandardScaler(2).fit(0.5 + 0.3 * torch.randn(9, 2))
-        self.decoder = getattr(DSPNDecoder, preset)(encoder, iters=4, lr=1.0, set_size=4, channels=2, scaler=scaler)
+        self.decoder = getattr(DSPNDecoder, preset)(
+            encoder, iters=4, set_size=4, channels=2, scaler=scaler, **recipe(preset)
+        )
         self.double()
 
     def forward(self, x: Tensor) -> SetPrediction:

@@ -78,10 +78,10 @@ class DSPNDecoder(nn.Module):
         checkpoint: Whether ``"unrolled"`` keeps only the sets and computes each step again in the backward pass: the
             same gradients in the memory of one step, for more time. What an encoder counts when it is called, such as
             batch normalisation's statistics, it counts twice.
-        init: :math:`Y_0`: ``"learned"`` (one parameter, uniform in [0, 1]), ``"random"`` (0.1 times standard normal, drawn
-            at each call: an encoder that is trained from many starts decodes from any), or a module from z to elements
-            ``(B, N, C)``, or to elements and mask ``(B, N)``. Masks start at 0.5 unless the module gives them. Other
-            sets than the learned one are carried in the dtype of the encoder's parameters, if it has any.
+        init: :math:`Y_0`: ``"learned"`` (one parameter, uniform in [0, 1]), ``"random"`` (0.1 times standard normal,
+            drawn at each call: an encoder that is trained from many starts decodes from any), or a module from z to
+            elements ``(B, N, C)``, or to elements and mask ``(B, N)``. Masks start at 0.5 unless the module gives them.
+            Other sets than the learned one are carried in the dtype of the encoder's parameters, if it has any.
         starts: Number of descents K, of which each sample keeps the one with the least representation loss at its end;
             the first is from :math:`Y_0`, the others from random sets, as ``"random"`` draws them. They run side by
             side; in eager mode with ``tol``, one after the other, for the samples whose loss is above it.

@@ -200,7 +200,7 @@ def test_more_steps_lead_past_the_target() -> None:
 
 def test_a_vector_far_from_any_encoding() -> None:
     encoder = PooledEncoder(C, 32, 32, dtype=DOUBLE)
-    decoder = make(encoder, iters=40, lr=PolyakDescent(100.0))
+    decoder = make(encoder, iters=40, lr=PolyakDescent())
     target, mask = targets()
     found = decoder.diagnose(10 * torch.randn(B, 32, dtype=DOUBLE), target, mask)
     assert any(verdict.startswith("The target is no minimum: ") for verdict in found.verdicts), found

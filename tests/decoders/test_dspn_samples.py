@@ -59,7 +59,7 @@ def test_a_sample_alone_is_decoded_as_in_any_batch(
 @pytest.mark.parametrize("make_encoder", [RelationEncoder, PooledEncoder])
 def test_a_sample_alone_is_decoded_as_in_any_batch_in_float64(make_encoder: type[nn.Module], name: str) -> None:
     encoder = make_encoder(3, 32, 64, size_feature=True, dtype=torch.float64)
-    decoder = getattr(DSPNDecoder, name)(encoder, set_size=6, channels=3, dtype=torch.float64)
+    decoder = getattr(DSPNDecoder, name)(encoder, set_size=6, channels=3, dtype=torch.float64, init="learned")
     z = torch.randn(16, 32, dtype=torch.float64)
     assert largest_difference(decoder, z, (2, 7, 16), samples=4) < 1e-12
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from setpred import DSPNDecoder, DSPNLoss, HungarianLoss, PooledEncoder, SetPrediction
+from tests.rules import recipe
 
 N, C, D = 4, 2, 16
 
@@ -11,13 +12,13 @@ N, C, D = 4, 2, 16
 class Network(nn.Module):
     """A backbone, a decoder, and the loss of the decoder's recipe."""
 
-    def __init__(self, recipe: str = "paper", **options: object) -> None:
+    def __init__(self, preset: str = "paper", **options: object) -> None:
         super().__init__()
         self.backbone = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, D))
         encoder = PooledEncoder(C, D, 16)
-        settings = {"iters": 3, "set_size": N, "channels": C} | options
-        self.decoder = getattr(DSPNDecoder, recipe)(encoder, **settings)
-        implicit = recipe == "idspn"
+        settings = {"iters": 3, "set_size": N, "channels": C} | recipe(preset) | options
+        self.decoder = getattr(DSPNDecoder, preset)(encoder, **settings)
+        implicit = preset == "idspn"
         self.loss = DSPNLoss(
             encoder, HungarianLoss(), repr_weight=0.0 if implicit else 0.1, steps="last" if implicit else "all"
         )
