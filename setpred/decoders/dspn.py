@@ -204,15 +204,15 @@ class DSPNDecoder(nn.Module):
         clamped to [0, 1] and starting at 0.5, Huber loss, learned initial set, every step differentiated.
 
         Args:
-            encoder: Set encoder; the paper has ``PooledEncoder(2, 256, 256)`` for MNIST (its script: 64 features
-                out), and ``RelationEncoder(C, 512, 512)`` for CLEVR.
+            encoder: Set encoder of ``scaling="dspn"``, which ``lr`` belongs to; the paper has ``PooledEncoder(2, 256,
+                256)`` for MNIST (its script: 64 features out), and ``RelationEncoder(C, 512, 512)`` for CLEVR.
             set_size: Largest number of elements; the paper has 342 for MNIST, 10 for CLEVR.
             channels: Features of an element.
             **overrides: Any argument of :class:`DSPNDecoder`, to change the recipe.
 
         Example:
             >>> from setpred import DSPNDecoder, PooledEncoder
-            >>> DSPNDecoder.paper(PooledEncoder(2, 64), set_size=30, channels=2).iters
+            >>> DSPNDecoder.paper(PooledEncoder(2, 64, scaling="dspn"), set_size=30, channels=2).iters
             10
 
         Source: Zhang et al. (NeurIPS 2019), section 5 and Appendix B; lr from the published code.
@@ -246,7 +246,7 @@ class DSPNDecoder(nn.Module):
 
         Example:
             >>> from setpred import DSPNDecoder, PooledEncoder
-            >>> DSPNDecoder.idspn(PooledEncoder(2, 64), set_size=30, channels=2, iters=40).differentiate
+            >>> DSPNDecoder.idspn(PooledEncoder(2, 64, scaling="idspn"), set_size=30, channels=2).differentiate
             'implicit'
 
         Source: Zhang et al. (ICLR 2022), sections 3 and 4, and their published scripts.
