@@ -8,7 +8,8 @@ A backbone gives a vector, a decoder makes a set of it, a loss compares it with 
 from setpred import functional, metrics
 from setpred.decoders import Diagnosis, DSPNDecoder, LSTMDecoder, MLPDecoder
 from setpred.encoders import FSPool, FSUnpool, PooledEncoder, RelationEncoder, SetEncoder
-from setpred.functional import GradientDescent, PolyakDescent, linear_assignment, on_channels, sum_costs
+from setpred.functional import linear_assignment, on_channels, sum_costs
+from setpred.functional.step import GradientDescent, PolyakDescent
 from setpred.losses import (
     ChamferLoss,
     DSPNLoss,

@@ -7,7 +7,7 @@ from setpred.functional.nearest import nearest_neighbours
 from setpred.functional.pairwise import cross_entropy_cost, on_channels, paired_cost, pairwise_cost, sum_costs
 from setpred.functional.sinkhorn import Transport, entropic_transport
 from setpred.functional.sort_pool import piecewise_linear, sort_pool, sort_unpool
-from setpred.functional.step import Gradient, GradientDescent, PolyakDescent, StepRule
+from setpred.functional.step import Gradient, StepRule
 
 __all__ = [
     "argsort_descending",
@@ -26,8 +26,6 @@ __all__ = [
     "entropic_transport",
     "Gradient",
     "StepRule",
-    "GradientDescent",
-    "PolyakDescent",
     "Descent",
     "descend",
 ]

@@ -157,7 +157,7 @@ def descend(
     *,
     steps: int,
     lr: float | StepRule,
-    args: Point = (),
+    args: tuple[Tensor, ...] = (),
     project: Callable[[Y], Y] | None = None,
     tol: float | None = None,
     differentiate: Literal["unrolled", "implicit"] = "unrolled",

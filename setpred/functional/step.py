@@ -23,6 +23,7 @@ class Gradient(NamedTuple):
         norm: Norm of each sample's gradient, over all its tensors together, shape ``(B,)``.
 
     Example:
+        >>> from setpred import PolyakDescent
         >>> y = (torch.tensor([[3.0, 4.0]]),)  # of half the square of y
         >>> gradient = Gradient(grad=y, loss=torch.tensor([12.5]), norm=torch.tensor([5.0]))
         >>> rule = PolyakDescent(momentum=0.0)
@@ -30,7 +31,7 @@ class Gradient(NamedTuple):
         (tensor([[1.5000, 2.0000]]),)
     """
 
-    grad: Point
+    grad: tuple[Tensor, ...]
     loss: Tensor
     norm: Tensor
 
@@ -54,11 +55,11 @@ class StepRule(Protocol):
     Source: the solvers of optimistix (Rader, Lyons, Kidger 2024), whose state is explicit too.
     """
 
-    def init(self, y: Point, /) -> Any:
+    def init(self, y: tuple[Tensor, ...], /) -> Any:
         """Make the state before the first step from the initial point."""
         ...
 
-    def step(self, y: Point, gradient: Gradient, state: Any, /) -> tuple[Point, Any]:
+    def step(self, y: tuple[Tensor, ...], gradient: Gradient, state: Any, /) -> tuple[tuple[Tensor, ...], Any]:
         """Return the next point, before it is projected, and the next state."""
         ...
 
@@ -107,12 +108,14 @@ class GradientDescent:
         if self.grad_clip is not None:
             check_positive("grad_clip", self.grad_clip)
 
-    def init(self, y: Point) -> Point:
+    def init(self, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The velocity: zeros, or nothing without momentum."""
         return tuple(torch.zeros_like(part) for part in y) if self.momentum != 0 else ()
 
-    def step(self, y: Point, gradient: Gradient, state: Point) -> tuple[Point, Point]:
-        """See :class:`StepRule`."""
+    def step(
+        self, y: tuple[Tensor, ...], gradient: Gradient, state: tuple[Tensor, ...]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """See :class:`setpred.functional.StepRule`."""
         grad = gradient.grad
         if self.grad_clip is not None:
             scale = self.grad_clip / gradient.norm.clamp(min=self.grad_clip)
@@ -164,12 +167,14 @@ class PolyakDescent:
         check_positive("max_lr", self.max_lr)
         check_at_least("momentum", self.momentum, 0)
 
-    def init(self, y: Point) -> Point:
+    def init(self, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The velocity: zeros."""
         return tuple(torch.zeros_like(part) for part in y)
 
-    def step(self, y: Point, gradient: Gradient, state: Point) -> tuple[Point, Point]:
-        """See :class:`StepRule`."""
+    def step(
+        self, y: tuple[Tensor, ...], gradient: Gradient, state: tuple[Tensor, ...]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """See :class:`setpred.functional.StepRule`."""
         square = gradient.norm.square()
         loss = gradient.loss.clamp(min=0)
         small = loss < self.max_lr * square  # elsewhere the gradient may be 0, and no derivative may pass through there

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from setpred.functional import Gradient, GradientDescent, PolyakDescent, StepRule, descend
+from setpred import GradientDescent, PolyakDescent
+from setpred.functional import Gradient, StepRule, descend
 
 
 class HeavyBall:
