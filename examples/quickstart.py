@@ -75,7 +75,7 @@ RECIPES = {
     # In evaluation with more steps than in training, since the descent goes on to improve.
     "DSPN": Recipe(
         lambda encoder, size: DSPNDecoder.recommended(encoder, set_size=size, channels=2),
-        steps=450,
+        steps=330,
         lr=0.007,
         evaluation={"iters": 80},
     ),
