@@ -91,7 +91,7 @@ class Autoencoder(nn.Module):
 
     def __init__(self, recipe: Recipe, size: int) -> None:
         super().__init__()
-        self.encoder = PooledEncoder(2, LATENT, HIDDEN, scaling="dspn")
+        self.encoder = PooledEncoder(2, LATENT, HIDDEN)
         self.decoder = recipe.decoder(self.encoder, size)
 
     def forward(self, sets: Sets, **options: object) -> Any:
