@@ -305,7 +305,7 @@ class DSPNDecoder(nn.Module):
         starting = [elements]
         if (starts or self.starts) > 1:
             shape = ((starts or self.starts) - 1, *elements.shape)
-            starting += _random_elements(shape, elements, generator)
+            starting.extend(_random_elements(shape, elements, generator).unbind())
         descended = self._descend_from
         if torch.compiler.is_compiling() and _refuses_func_grad(self.encoder):
             descended = uncompiled(descended)

@@ -96,6 +96,15 @@ def test_training_goes_through_the_chosen_start(differentiate: Any, tol: float |
     assert z.grad.any()
 
 
+def test_starts_compile() -> None:
+    decoder = make_decoder(iters=2)
+    z = targets(decoder)
+    torch._dynamo.reset()
+    prediction = torch.compile(decoder, fullgraph=True, backend="aot_eager")(z, starts=3)
+    assert prediction.elements.shape == (len(z), N, C)
+    assert prediction.elements.isfinite().all()
+
+
 def test_a_start_that_breaks_is_not_chosen() -> None:
     decoder = make_decoder()
     z = targets(decoder)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from setpred import functional
+from setpred import GradientDescent, functional
 from setpred.functional import Descent
 from tests import devices, oracles
 from tests.custom import Square
@@ -217,17 +217,15 @@ def test_converged_samples_freeze_and_the_loop_ends_early() -> None:
 @BOTH_DERIVATIVES
 def test_tol_gives_the_same_compiled(differentiate: str) -> None:
     weight, z = torch.randn(4, 4, requires_grad=True), torch.randn(3, 4)
+    rule = GradientDescent(0.5, momentum=0.9, nesterov=True, grad_clip=0.5)
 
     def run(init: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        result = descend(
+        result = functional.descend(
             lambda y, z: 0.5 * ((y @ weight).tanh() - z.tanh()).square().sum(1),
             init,
             args=(z,),
             steps=6,
-            lr=0.5,
-            momentum=0.9,
-            nesterov=True,
-            grad_clip=0.5,
+            lr=rule,
             tol=0.3,
             record=True,
             differentiate=differentiate,
