@@ -14,19 +14,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import override
 
 from setpred._checks import check_count, check_mask, check_shape
-from setpred.encoders.base import parameter_dtype
+from setpred.encoders.base import encode, parameter_dtype
 from setpred.functional._precision import common_dtype
 from setpred.functional.descent import outside_inference
 from setpred.functional.step import GradientDescent, PolyakDescent, as_rule
 from setpred.losses._common import ScaledLoss, as_encoded
+from setpred.losses.dspn import SetLoss
 from setpred.losses.hungarian import HungarianLoss
 from setpred.scaler import scaled, unscaled
 from setpred.sets import SetPrediction
 
 if TYPE_CHECKING:
     from setpred.decoders.dspn import DSPNDecoder
-
-SetLoss = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 CHANGE = 0.1  # A set error that changes by less than a tenth is within what validation batches differ by.
 BLOWN_UP = 10.0  # Times the set error or the loss at the start: no set of one step too many is that far away.
@@ -222,7 +221,7 @@ class _Examination(NamedTuple):
         steps = (0, iters, 2 * iters, 4 * iters)
         path = decoder(z, iters=steps[-1], record=True, generator=generator).trajectory
         sets = [SetPrediction(*at) for at in zip(path.elements, path.mask, strict=True)]
-        loss = torch.stack([self._loss(at) for at in sets[: iters + 1]])
+        loss = torch.stack([decoder.representation_loss(at, z) for at in sets[: iters + 1]])
         loss = loss.nan_to_num(nan=math.inf, posinf=math.inf)
         own = unscaled(self.target, decoder.scaler)
         present = own.new_ones(own.shape[:2]) if self.mask is None else self.mask.to(own.dtype)
@@ -239,7 +238,7 @@ class _Examination(NamedTuple):
             set_error=(errors[0], errors[1], errors[2], errors[3]),
             loss=loss.median(1).values.cpu(),
             rising=int((recent[1:] > ROSE * recent[:-1]).any(0).sum()),
-            target_loss=_median(self._encoded_loss(self.target, self.mask)),
+            target_loss=_median(decoder._loss(encode(decoder.encoder, self.target, self.mask), z)),
             target_error=(self._error(SetPrediction(own, present)), self._error(kept)),
             curvature=curvature.cpu(),
             stability=rule.lr * curvature.cpu() if isinstance(rule, GradientDescent) else None,
@@ -261,15 +260,6 @@ class _Examination(NamedTuple):
         value = self.set_loss(elements, target, mask, self.mask)
         check_shape("set_loss(pred, target, pred_mask, target_mask)", value)
         return float(value)
-
-    def _loss(self, prediction: SetPrediction) -> Tensor:
-        mask = None if self.decoder.mask_clamp is None else prediction.mask
-        return self._encoded_loss(scaled(prediction.elements, self.decoder.scaler), mask)
-
-    def _encoded_loss(self, elements: Tensor, mask: Tensor | None) -> Tensor:
-        dtype = parameter_dtype(self.decoder.encoder) or elements.dtype
-        vector = self.decoder.encoder(elements.to(dtype), None if mask is None else mask.to(dtype))
-        return self.decoder._loss(vector, self.z)
 
     def _curvature(self, elements: Tensor, mask: Tensor, step: Tensor, generator: torch.Generator | None) -> Tensor:
         """Largest eigenvalue of each sample's J^T J / D, and of the anchor's part, at one of its steps."""

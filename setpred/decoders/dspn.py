@@ -22,11 +22,12 @@ from setpred._checks import (
     in_transform,
 )
 from setpred.decoders._watch import Watch
-from setpred.decoders.diagnosis import Diagnosis, SetLoss, diagnose
-from setpred.encoders.base import SetEncoder, parameter_dtype
+from setpred.decoders.diagnosis import Diagnosis, diagnose
+from setpred.encoders.base import SetEncoder, encode, parameter_dtype
 from setpred.functional._recompute import check_versions, uncompiled
 from setpred.functional.descent import Descent, descend, outside_inference
 from setpred.functional.step import GradientDescent, PolyakDescent, StepRule, as_rule
+from setpred.losses.dspn import SetLoss
 from setpred.losses.representation import KINDS, Kind, representation_loss
 from setpred.scaler import StandardScaler, check_scaler, scaled, unscaled
 from setpred.sets import SetPrediction, Trajectory
@@ -299,19 +300,19 @@ class DSPNDecoder(nn.Module):
             check_count("iters", iters)
         if record is None:
             record = self.training and self.differentiate == "unrolled"
-        if starts is not None:
-            check_count("starts", starts)
+        starts = self.starts if starts is None else starts
+        check_count("starts", starts)
         elements, mask = self._initial(z, init, generator)
         starting = [elements]
-        if (starts or self.starts) > 1:
-            shape = ((starts or self.starts) - 1, *elements.shape)
+        if starts > 1:
+            shape = (starts - 1, *elements.shape)
             starting.extend(_random_elements(shape, elements, generator).unbind())
         descended = self._descend_from
         if torch.compiler.is_compiling() and _refuses_func_grad(self.encoder):
             descended = uncompiled(descended)
         watched = self.training and not torch.compiler.is_compiling() and not in_transform() and self._watch.due()
         # A start that was made for this z may be at the end already.
-        judged = watched and init is None and not isinstance(self.init, nn.Module) and self._watch.wants_loss
+        judged = watched and self._own_start(init) and self._watch.wants_loss
         descent = descended(z, starting, mask, iters or self.iters, record or judged)
         if watched:
             self._watch.look(descent.value, descent.loss if judged else None, self.tol)
@@ -329,7 +330,6 @@ class DSPNDecoder(nn.Module):
         # The descent is carried in the precision of the encoder, whatever autocast made of z or of the module's result.
         dtype = parameter_dtype(self.encoder)
         given: Any = init
-        own = init is None and not isinstance(self.init, nn.Module)
         if given is None:
             if self.initial_elements is not None:
                 given = self.initial_elements.expand(shape)
@@ -340,7 +340,8 @@ class DSPNDecoder(nn.Module):
         elements, mask = given if isinstance(given, tuple) else (given, None)
         check_shape("init elements", elements, *shape)
         check_mask("init mask", mask, shape[:2])
-        elements = elements if own else scaled(elements, self.scaler)
+        if not self._own_start(init):
+            elements = scaled(elements, self.scaler)
         elements = outside_inference(elements.to(dtype or elements.dtype))
         if self.mask_clamp is None:
             if mask is not None:
@@ -349,6 +350,10 @@ class DSPNDecoder(nn.Module):
         if mask is None:
             mask = elements.new_full(shape[:2], 0.5)
         return elements, mask.to(elements.dtype).clamp(*self.mask_clamp)
+
+    def _own_start(self, init: Init | None) -> bool:
+        """Whether the start is learned or random, not given in the users' coordinates."""
+        return init is None and not isinstance(self.init, nn.Module)
 
     def representation_loss(self, prediction: SetPrediction, z: Tensor) -> Tensor:
         """How far each predicted set is from what it was decoded from: the representation loss of each sample.
@@ -373,7 +378,7 @@ class DSPNDecoder(nn.Module):
             torch.Size([3])
         """
         mask = None if self.mask_clamp is None else prediction.mask
-        return self._loss(self.encoder(scaled(prediction.elements, self.scaler), mask), z)
+        return self._loss(encode(self.encoder, scaled(prediction.elements, self.scaler), mask), z)
 
     def diagnose(
         self,

@@ -45,6 +45,12 @@ def parameter_dtype(encoder: object) -> torch.dtype | None:
     return None
 
 
+def encode(encoder: SetEncoder, elements: Tensor, mask: Tensor | None) -> Tensor:
+    """Call an encoder with sets of any dtype."""
+    dtype = parameter_dtype(encoder) or elements.dtype
+    return encoder(elements.to(dtype), None if mask is None else mask.to(dtype))
+
+
 _LINEAR = nn.Linear.forward
 _PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 

@@ -69,6 +69,10 @@ def per_sample(value: Tensor, like: Tensor) -> Tensor:
     return value.view(-1, *[1] * (like.dim() - 1))
 
 
+def _plus(grad: Point, momentum: float, velocity: Point) -> Point:
+    return tuple(g + momentum * v for g, v in zip(grad, velocity, strict=True))
+
+
 @dataclass(frozen=True)
 class GradientDescent:
     r"""Gradient descent with momentum and a fixed learning rate.
@@ -122,10 +126,9 @@ class GradientDescent:
             grad = tuple(per_sample(scale, part).to(part.dtype) * part for part in grad)
         direction = grad
         if self.momentum != 0:
-            state = tuple(self.momentum * v + g for v, g in zip(state, grad, strict=True))
-            direction = state
+            state = direction = _plus(grad, self.momentum, state)
             if self.nesterov:
-                direction = tuple(g + self.momentum * v for g, v in zip(grad, state, strict=True))
+                direction = _plus(grad, self.momentum, state)
         return tuple(part - self.lr * d for part, d in zip(y, direction, strict=True)), state
 
 
@@ -180,8 +183,9 @@ class PolyakDescent:
         small = loss < self.max_lr * square  # elsewhere the gradient may be 0, and no derivative may pass through there
         lr = torch.where(small, loss / torch.where(small, square, 1), self.max_lr)
         moves = tuple(per_sample(lr, g).to(g.dtype) * g for g in gradient.grad)
-        state = tuple(self.momentum * v + move for v, move in zip(state, moves, strict=True))
-        return tuple(part - (move + self.momentum * v) for part, move, v in zip(y, moves, state, strict=True)), state
+        state = _plus(moves, self.momentum, state)
+        direction = _plus(moves, self.momentum, state)
+        return tuple(part - d for part, d in zip(y, direction, strict=True)), state
 
 
 def as_rule(lr: float | StepRule) -> StepRule:

@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from setpred._checks import check_at_least, check_choice, check_finite, check_mask, check_shape, check_soft_mask
-from setpred.encoders.base import SetEncoder, parameter_dtype
+from setpred.encoders.base import SetEncoder, encode
 from setpred.losses._common import ScaledLoss, as_encoded, scaler_repr
 from setpred.losses.representation import KINDS, Kind, representation_loss
 from setpred.scaler import StandardScaler
@@ -141,8 +141,7 @@ class DSPNLoss(ScaledLoss):
         check_shape("set_loss(pred, target, pred_mask, target_mask)", loss)
         if z is None or self.repr_weight == 0:
             return loss
-        dtype = parameter_dtype(self._encoder[0]) or target.dtype
-        encoded = self._encoder[0](target.to(dtype), None if target_mask is None else target_mask.to(dtype))
+        encoded = encode(self._encoder[0], target, target_mask)
         check_shape("encoder(target, target_mask)", encoded, batch, "D")
         check_shape("z", z, *encoded.shape)
         return loss + self.repr_weight * representation_loss(encoded, z, kind=self.repr_loss)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from setpred import DSPNDecoder, PolyakDescent, PooledEncoder, SetPrediction
+from setpred import DSPNDecoder, PolyakDescent, PooledEncoder, SetPrediction, StandardScaler
 from tests import devices
 
 N, C, D = 5, 2, 16
@@ -51,6 +51,19 @@ def test_of_several_starts_each_sample_keeps_its_best(init: Any, mask_clamp: Any
             dim = 0 if actual.dim() == expected.dim() and len(actual) == len(z) else 1
             torch.testing.assert_close(actual.select(dim, b), expected.select(dim, b), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(decoder.representation_loss(chosen, z), losses.amin(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_scaler", [False, True])
+def test_representation_loss_of_every_dtype(dtype: torch.dtype, with_scaler: bool) -> None:
+    """A scaler gives elements of float32 at least, whatever the encoder's dtype."""
+    scaler = StandardScaler(C).fit(5 + 3 * torch.randn(9, C)) if with_scaler else None
+    encoder = PooledEncoder(C, D, 32, dtype=dtype)
+    decoder = DSPNDecoder(encoder, set_size=N, channels=C, dtype=dtype, scaler=scaler)
+    z = torch.randn(3, D, dtype=dtype)
+    loss = decoder.representation_loss(decoder(z), z)
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    assert loss.isfinite().all()
 
 
 def test_starts_may_be_the_decoders_or_the_calls() -> None:
