@@ -21,14 +21,15 @@ from setpred._checks import (
     check_shape,
     in_transform,
 )
+from setpred.decoders._objective import Objective
 from setpred.decoders._watch import Watch
 from setpred.decoders.diagnosis import Diagnosis, diagnose
 from setpred.encoders.base import SetEncoder, encode, parameter_dtype
 from setpred.functional._recompute import check_versions, uncompiled
 from setpred.functional.descent import Descent, descend, outside_inference
+from setpred.functional.representation import KINDS, Kind, distance
 from setpred.functional.step import GradientDescent, PolyakDescent, StepRule, as_rule
 from setpred.losses.dspn import SetLoss
-from setpred.losses.representation import KINDS, Kind, representation_loss
 from setpred.scaler import StandardScaler, check_scaler, scaled, unscaled
 from setpred.sets import SetPrediction, Trajectory
 
@@ -431,7 +432,7 @@ class DSPNDecoder(nn.Module):
 
     def _loss(self, representation: Tensor, z: Tensor) -> Tensor:
         check_shape("encoder(elements, mask)", representation, *z.shape)
-        return representation_loss(representation, z, kind=self.repr_loss, reduction="none")
+        return distance(representation, z, self.repr_loss)
 
     def _descend_from(
         self, z: Tensor, starts: list[Tensor], mask: Tensor | None, iters: int, record: bool
@@ -470,22 +471,9 @@ class DSPNDecoder(nn.Module):
     def _descend(self, z: Tensor, elements: Tensor, mask: Tensor | None, iters: int, record: bool) -> Descent[_Parts]:
         differentiable = torch.is_grad_enabled()
         checkpoint = self.checkpoint and differentiable
-        encode = self.encoder
-        if checkpoint and isinstance(encode, nn.Module):
-            encode = _AsNow(encode)
-
-        def objective(y: tuple[Tensor, ...], z: Tensor, start: Tensor) -> Tensor:
-            elements, mask = y if len(y) == 2 else (y[0], None)
-            representation = encode(elements, mask)
-            loss = self._loss(representation, z)
-            if not representation.requires_grad:
-                raise RuntimeError(
-                    "`encoder(elements, mask)` must be differentiable, got a result without a gradient: is it computed "
-                    "under torch.no_grad(), or detached? To keep its parameters as they are, use requires_grad_(False)"
-                )
-            if self.anchor > 0:
-                loss = loss + 0.5 * self.anchor * (elements - start).square().flatten(1).mean(1)
-            return loss
+        encoder = self.encoder
+        if checkpoint and isinstance(encoder, nn.Module):
+            encoder = _AsNow(encoder)
 
         def project(y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             if self.mask_clamp is None:
@@ -495,7 +483,7 @@ class DSPNDecoder(nn.Module):
         # Fused attention has no second derivative; where none will be taken, it is faster.
         with sdpa_kernel(SDPBackend.MATH) if differentiable else nullcontext():
             return descend(
-                objective,
+                Objective(encoder, self.repr_loss, self.anchor),
                 (elements,) if mask is None else (elements, mask),
                 steps=iters,
                 lr=self.lr,

@@ -1,5 +1,6 @@
 """What every set encoder is: the protocol, and what the encoders of this library share."""
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn.modules import module as nn_module
 from typing_extensions import override
 
 from setpred._checks import check_choice, check_count, check_mask, check_shape
+from setpred.encoders.fspool import FSPool
 from setpred.encoders.pool import Pool, PoolName
 from setpred.encoders.scaling import SCALINGS, Scaling, divisor, draw
 
@@ -22,6 +24,11 @@ class SetEncoder(Protocol):
 
     - not depend on the order of the elements, nor on the other samples of the batch;
     - be differentiable twice (training differentiates its gradient). Before PyTorch 2.14, `torch.cdist` is not.
+
+    An encoder may know its own gradient, which saves decoders PyTorch's autograd: a method ``vjp(elements, mask)`` that
+    returns the vectors and, as `torch.func.vjp` does, a function from the gradient with respect to these, ``(B, D)``,
+    to those with respect to elements and mask (None where there is no mask); or None in place of both where it does
+    not know. Both must be differentiable. Those of this library have it.
 
     Example:
         >>> def mean_encoder(elements, mask):
@@ -51,6 +58,10 @@ def encode(encoder: SetEncoder, elements: Tensor, mask: Tensor | None) -> Tensor
     return encoder(elements.to(dtype), None if mask is None else mask.to(dtype))
 
 
+Pull = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # gradient with respect to vectors to that of elements and mask
+
+relu_backward = torch.ops.aten.threshold_backward.default  # (gradient, result, 0); masked_fill is 30 times slower
+
 _LINEAR = nn.Linear.forward
 _PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 
@@ -60,22 +71,29 @@ def are_plain(*layers: nn.Module) -> bool:
 
     What lives in the call of a layer (adapters, hooks, parametrisations, quantisation) would be passed by.
     """
+    for layer in layers:
+        if (
+            type(layer) is not nn.Linear
+            or nn.Linear.forward is not _LINEAR
+            or type(layer.weight) not in _PLAIN_TENSORS
+            or type(layer.bias) not in _PLAIN_TENSORS
+        ):
+            return False
+    return are_unhooked(*layers)
+
+
+def are_unhooked(*modules: nn.Module) -> bool:
+    """Whether a call of these modules is their class's forward and no more."""
     hooks = [
         nn_module._global_forward_pre_hooks,
         nn_module._global_forward_hooks,
         nn_module._global_backward_pre_hooks,
         nn_module._global_backward_hooks,
     ]
-    for layer in layers:
-        if (
-            type(layer) is not nn.Linear
-            or "forward" in layer.__dict__  # put in its place, as by accelerate
-            or nn.Linear.forward is not _LINEAR
-            or type(layer.weight) not in _PLAIN_TENSORS
-            or type(layer.bias) not in _PLAIN_TENSORS
-        ):
+    for module in modules:
+        if "forward" in module.__dict__:  # put in its place, as by accelerate
             return False
-        hooks += [layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks]
+        hooks += [module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks]
     return not sum(map(len, hooks))  # PyTorch 2.7 does not compile any() here
 
 
@@ -120,6 +138,10 @@ class EncoderBase(nn.Module):
         """Map elements with their mask (B, N, C+1) to the rows to pool, (row_channels, B, rows)."""
         raise NotImplementedError
 
+    def _rows_vjp(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """As ``_rows``, and its gradient: from that of the rows to that of x."""
+        raise NotImplementedError
+
     def forward(self, elements: Tensor, mask: Tensor | None = None) -> Tensor:
         """Encode sets.
 
@@ -135,6 +157,13 @@ class EncoderBase(nn.Module):
             ValueError: If a shape is wrong.
             TypeError: If a dtype is wrong.
         """
+        x, presence = self._joined(elements, mask)
+        rows = self._rows(x)
+        vector: Tensor = self.pool(rows.movedim(0, -1))
+        return self._finished(vector, presence, rows.shape[-1])
+
+    def _joined(self, elements: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Elements with their mask as a feature, and the mask."""
         check_shape("elements", elements, "B", "N", self.in_channels)
         batch, size, _ = elements.shape
         if size == 0:
@@ -144,16 +173,49 @@ class EncoderBase(nn.Module):
             )
         check_mask("mask", mask, (batch, size))
         presence = elements.new_ones(batch, size) if mask is None else mask.to(elements.dtype)
-        rows = self._rows(torch.cat([elements, presence.unsqueeze(-1)], -1))
-        vector: Tensor = self.pool(rows.movedim(0, -1))
+        return torch.cat([elements, presence.unsqueeze(-1)], -1), presence
+
+    def _finished(self, vector: Tensor, presence: Tensor, rows: int) -> Tensor:
+        """Scale what came of the pool, and add the size."""
+        size = presence.shape[1]
         if isinstance(self.pool, Pool):
-            vector = vector / divisor(
-                self.scaling, self.pool, size, rows.shape[-1], self.in_channels + 1, self.row_channels
-            )
+            vector = vector / self._divisor(size, rows)
         if self.size_feature:
-            factor = 2 * size**0.5 if self.scaling == "conditioned" else 4
-            vector = torch.cat([vector, factor * presence.mean(1, keepdim=True)], 1)
+            vector = torch.cat([vector, self._size_factor(size) * presence.mean(1, keepdim=True)], 1)
         return vector
+
+    def _divisor(self, size: int, rows: int) -> float:
+        assert isinstance(self.pool, Pool)
+        return divisor(self.scaling, self.pool, size, rows, self.in_channels + 1, self.row_channels)
+
+    def _size_factor(self, size: int) -> float:
+        return 2 * size**0.5 if self.scaling == "conditioned" else 4
+
+    def _is_known(self, *layers: nn.Module) -> bool:
+        """Whether a call of this encoder is no more than the library's own: layers, pool, and nothing around them."""
+        pool = self.pool
+        if type(pool) is not Pool or not are_plain(*layers) or not are_unhooked(self, pool):
+            return False
+        sort = pool.fspool
+        return sort is None or (type(sort) is FSPool and sort.relaxed is None and are_unhooked(sort))
+
+    def _vjp(self, elements: Tensor, mask: Tensor | None) -> tuple[Tensor, Pull]:
+        """What a subclass returns from ``vjp`` if its layers are plain and the pool is the library's."""
+        x, presence = self._joined(elements, mask)
+        size = presence.shape[1]
+        rows, rows_pull = self._rows_vjp(x)
+        assert isinstance(self.pool, Pool)
+        pooled, pool_pull = self.pool.vjp(rows)
+        scale = self._divisor(size, rows.shape[-1])
+
+        def pull(grad: Tensor) -> tuple[Tensor, Tensor | None]:
+            of_x = rows_pull(pool_pull(grad[:, : self.row_channels] / scale))
+            of_mask = of_x[..., -1]
+            if self.size_feature:
+                of_mask = of_mask + grad[:, -1:] * (self._size_factor(size) / size)
+            return of_x[..., :-1], None if mask is None else of_mask
+
+        return self._finished(pooled, presence, rows.shape[-1]), pull
 
     @override
     def extra_repr(self) -> str:

@@ -1,5 +1,6 @@
 """PooledEncoder: every element by itself through an MLP, then a pool."""
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from setpred._checks import check_count
-from setpred.encoders.base import EncoderBase, are_plain
+from setpred.encoders.base import EncoderBase, Pull, are_plain, relu_backward
 from setpred.encoders.pool import PoolName
 from setpred.encoders.scaling import Scaling
 
@@ -68,13 +69,22 @@ class PooledEncoder(EncoderBase):
         self.layers = nn.ModuleList(nn.Linear(*pair, device=device, dtype=dtype) for pair in pairwise(widths))
         self.reset_parameters()
 
+    def vjp(self, elements: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Pull] | None:
+        """Encode sets, and return the function that their gradient comes from; see :class:`setpred.SetEncoder`."""
+        known = type(self) is PooledEncoder and len(elements) > 0 and self._is_known(*self.layers)
+        return self._vjp(elements, mask) if known else None
+
     def _rows(self, x: Tensor) -> Tensor:
+        if are_plain(*self.layers) and len(x) > 0:  # PyTorch 2.7 does not pad an empty batch
+            return self._products(x)[0]
         *hidden, last = self.layers
-        if not are_plain(*self.layers) or len(x) == 0:  # PyTorch 2.7 does not pad an empty batch
-            for layer in hidden:
-                x = F.relu(layer(x))
-            rows: Tensor = last(x)
-            return rows.movedim(-1, 0).contiguous()
+        for layer in hidden:
+            x = F.relu(layer(x))
+        rows: Tensor = last(x)
+        return rows.movedim(-1, 0).contiguous()
+
+    def _products(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Rows, and what goes into each layer, columns of shape (products, features, columns)."""
         # Products of equal shape, (out, in) x (in, columns), one for each sample: faster than one for all, whose rows
         # lie far apart, and a sample's rounding is the same in every batch, where a last digit can decide which of two
         # nearly equal rows FSPool ranks first. Small samples share a product, because the weights' gradient has a
@@ -85,11 +95,30 @@ class PooledEncoder(EncoderBase):
         together = 1 if torch.compiler.is_exporting() else max(64 // columns, 1)  # a graph is for every batch size
         products = (batch + together - 1) // together
         x = F.pad(x, (0, 0, 0, columns - size, 0, products * together - batch))
-        x = x.view(products, together * columns, channels).mT.contiguous()
+        inputs = [x.view(products, together * columns, channels).mT.contiguous()]
+        *hidden, last = self.layers
         for layer in hidden:
-            x = F.relu(_linear(layer, x), inplace=True)
-        x = _linear(last, x).transpose(0, 1).reshape(self.row_channels, products * together, columns)
-        return x[:, :batch, :size].contiguous()
+            inputs.append(F.relu(_linear(layer, inputs[-1]), inplace=True))
+        x = _linear(last, inputs[-1]).transpose(0, 1).reshape(self.row_channels, products * together, columns)
+        return x[:, :batch, :size].contiguous(), inputs
+
+    def _rows_vjp(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        batch, size, channels = x.shape
+        rows, inputs = self._products(x)
+
+        def pull(grad: Tensor) -> Tensor:
+            products, _, columns = inputs[0].shape
+            width = size + -size % 4
+            grad = F.pad(grad, (0, width - size, 0, products * columns // width - batch))
+            grad = grad.reshape(self.row_channels, products, columns).transpose(0, 1)
+            for number, layer in reversed(list(enumerate(self.layers))):
+                assert isinstance(layer, nn.Linear)
+                grad = torch.bmm(layer.weight.t().expand(products, -1, -1), grad)
+                if number > 0:
+                    grad = relu_backward(grad, inputs[number], 0)
+            return grad.mT.reshape(-1, width, channels)[:batch, :size]
+
+        return rows, pull
 
 
 def _linear(layer: nn.Module, x: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """RelationEncoder: every pair of elements through an MLP, then a pool."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from setpred._checks import check_count
-from setpred.encoders.base import EncoderBase, are_plain
+from setpred.encoders.base import EncoderBase, Pull, are_plain, relu_backward
 from setpred.encoders.pool import PoolName
 from setpred.encoders.scaling import Scaling
 
@@ -64,12 +66,21 @@ class RelationEncoder(EncoderBase):
         self.out = nn.Linear(hidden_channels, self.row_channels, device=device, dtype=dtype)
         self.reset_parameters()
 
+    def vjp(self, elements: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Pull] | None:
+        """Encode sets, and return the function that their gradient comes from; see :class:`setpred.SetEncoder`."""
+        known = type(self) is RelationEncoder and self._is_known(self.pair, self.out)
+        return self._vjp(elements, mask) if known else None
+
     def _rows(self, x: Tensor) -> Tensor:
-        if not are_plain(self.pair, self.out):
-            each = x.expand(x.shape[1], *x.shape)  # (N, B, N, C+1)
-            pairs = torch.cat([each.permute(1, 2, 0, 3), each.transpose(0, 1)], -1)
-            rows: Tensor = self.out(F.relu(self.pair(pairs)))
-            return rows.flatten(1, 2).movedim(-1, 0).contiguous()
+        if are_plain(self.pair, self.out):
+            return self._products(x)[0]
+        each = x.expand(x.shape[1], *x.shape)  # (N, B, N, C+1)
+        pairs = torch.cat([each.permute(1, 2, 0, 3), each.transpose(0, 1)], -1)
+        rows: Tensor = self.out(F.relu(self.pair(pairs)))
+        return rows.flatten(1, 2).movedim(-1, 0).contiguous()
+
+    def _products(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows; hidden features of the pairs, (hidden, B, N, N); and the first layer's weight of each sample."""
         # One product a sample, so that a sample's rounding is the same in every batch: BLAS has other kernels for few
         # columns, and a last digit can decide which of two nearly equal rows FSPool ranks first. And a width of whole
         # 16 bytes, because the gradient's rounding goes by how its memory is aligned. The second, larger product is one
@@ -82,4 +93,14 @@ class RelationEncoder(EncoderBase):
         left = left + self.pair.bias.view(-1, 1, 1)
         pairs = F.relu(left.unsqueeze(-1) + right.unsqueeze(-2), inplace=True)
         rows = torch.addmm(self.out.bias.unsqueeze(1), self.out.weight, pairs.flatten(1))  # no transpose to sort
-        return rows.view(self.row_channels, len(x), size * size)
+        return rows.view(self.row_channels, len(x), size * size), pairs, weight
+
+    def _rows_vjp(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        rows, pairs, weight = self._products(x)
+
+        def pull(grad: Tensor) -> Tensor:
+            of_pairs = relu_backward((self.out.weight.t() @ grad.flatten(1)).view(pairs.shape), pairs, 0)
+            of_sides = torch.cat([of_pairs.sum(-1), of_pairs.sum(-2)]).transpose(0, 1)
+            return torch.bmm(weight.mT, of_sides).mT[..., : x.shape[-1]]
+
+        return rows, pull

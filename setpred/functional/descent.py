@@ -183,7 +183,8 @@ def descend(
 
     Args:
         objective: Maps a point, and ``args``, to one value per sample, shape ``(B,)``. Sample b's value must depend on
-            sample b only.
+            sample b only. One that knows its gradient has a method ``value_and_grad`` beside, from the same arguments
+            to both, differentiable, or to None, and then autograd is left out.
         init: Where to start: a tensor ``(B, ...)`` or a tuple of them.
         steps: Number of steps T, at least 1.
         lr: How a step is taken: the factor :math:`\eta` on the gradient, or a rule such as
@@ -240,7 +241,12 @@ def descend(
     _check_init(init)
     init = packed(tuple(outside_inference(part) for part in unpacked(init)))
 
+    value_and_grad = getattr(objective, "value_and_grad", lambda *_: None)
+
     def gradient_at(y: Point, args: Point) -> Gradient:
+        known = value_and_grad(packed(y), *args)
+        if known is not None:
+            return _with_norm(unpacked(known[1]), known[0])
         return _gradient(lambda y: objective(packed(y), *args), y)
 
     def projected(y: Point) -> Point:

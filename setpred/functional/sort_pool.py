@@ -81,7 +81,7 @@ def _neural_sort(values: Tensor, temperature: float, mask: Tensor | None) -> Ten
     return logits.softmax(-1).to(dtype)
 
 
-def _element_weights(weight: Tensor, permutation: Tensor, mask: Tensor | None) -> Tensor:
+def element_weights(weight: Tensor, permutation: Tensor, mask: Tensor | None) -> Tensor:
     """Weight of each element in each feature, (C, B, N): the rank's weight, brought to the element's place."""
     if permutation.is_floating_point():  # relaxed: (B, C, rank, element)
         relaxed = permutation.transpose(0, 1)
@@ -151,7 +151,7 @@ def sort_pool(
         # a multiset, must not depend on the order of the elements.
         permutation = argsort_descending(values).permute(1, 2, 0)
     # Flattened, the backward pass makes the small pooled gradient contiguous, and so gives the large one contiguous.
-    pooled = (values.flatten(0, 1) * _element_weights(weight, permutation, mask).flatten(0, 1)).sum(-1)
+    pooled = (values.flatten(0, 1) * element_weights(weight, permutation, mask).flatten(0, 1)).sum(-1)
     return pooled.view(values.shape[:2]).t().contiguous(), permutation
 
 
@@ -194,5 +194,5 @@ def sort_unpool(vector: Tensor, permutation: Tensor, weight: Tensor, mask: Tenso
         raise TypeError(f"`permutation` must be int64, or floating if relaxed, got {permutation.dtype}")
     size = permutation.shape[-1] if permutation.is_floating_point() else permutation.shape[1]
     check_mask("mask", mask, (batch, size))
-    weights = _element_weights(weight, permutation, mask)
+    weights = element_weights(weight, permutation, mask)
     return (vector.t().unsqueeze(-1) * weights).permute(1, 2, 0)

@@ -8,8 +8,9 @@ from typing_extensions import override
 
 from setpred._checks import check_at_least, check_choice, check_finite, check_mask, check_shape, check_soft_mask
 from setpred.encoders.base import SetEncoder, encode
+from setpred.functional.representation import KINDS, Kind
 from setpred.losses._common import ScaledLoss, as_encoded, scaler_repr
-from setpred.losses.representation import KINDS, Kind, representation_loss
+from setpred.losses.representation import representation_loss
 from setpred.scaler import StandardScaler
 from setpred.sets import SetPrediction
 

@@ -1,17 +1,11 @@
 """Representation loss: how far a set's encoding is from a target vector."""
 
-from typing import Literal
-
 from torch import Tensor, nn
 from typing_extensions import override
 
 from setpred._checks import check_choice, check_shape
-from setpred.functional._precision import common_dtype
-from setpred.functional.pairwise import huber
-from setpred.losses._common import REDUCTIONS, Reduction, mean_rows, reduce
-
-Kind = Literal["huber", "mse"]
-KINDS = ("huber", "mse")
+from setpred.functional.representation import KINDS, Kind, distance
+from setpred.losses._common import REDUCTIONS, Reduction, reduce
 
 
 def representation_loss(
@@ -50,10 +44,7 @@ def representation_loss(
     check_shape("target", target, *representation.shape)
     check_choice("kind", kind, KINDS)
     check_choice("reduction", reduction, REDUCTIONS)
-    dtype = common_dtype(representation, target)
-    representation, target = representation.to(dtype), target.to(dtype)
-    value = huber(representation, target) if kind == "huber" else 0.5 * (representation - target).square()
-    return reduce(mean_rows(value), reduction)
+    return reduce(distance(representation, target, kind), reduction)
 
 
 class RepresentationLoss(nn.Module):

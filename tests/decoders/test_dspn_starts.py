@@ -72,7 +72,8 @@ def test_starts_may_be_the_decoders_or_the_calls() -> None:
     one, three = decode(decoder, z, starts=1), decode(decoder, z)
     assert torch.equal(three.elements, decode(decoder, z, starts=3).elements)
     assert not torch.equal(one.elements, three.elements)
-    assert (decoder.representation_loss(three, z) <= decoder.representation_loss(one, z)).all()
+    # To rounding: in float64, a sample's last digit goes by the size of the batch.
+    assert (decoder.representation_loss(three, z) <= decoder.representation_loss(one, z) + 1e-12).all()
 
 
 def test_with_tol_only_samples_above_it_start_again() -> None:
