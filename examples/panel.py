@@ -43,7 +43,7 @@ CONTESTANTS = {
     # As recommended, and nothing set.
     "dspn": Contestant(
         lambda encoder, size, channels: DSPNDecoder.recommended(encoder, set_size=size, channels=channels),
-        {"DSPN": {}, "DSPN, 80 steps": {"iters": 80}, "DSPN, 4 starts of 40 steps": {"iters": 40, "starts": 4}},
+        {"DSPN": {}, "DSPN, 80 steps": {"iters": 80}, "DSPN, 4 starts": {"starts": 4}},
     ),
     "mlp": Contestant(lambda encoder, size, channels: MLPDecoder(LATENT, size, channels, WIDTH), {"MLP": {}}),
     "lstm": Contestant(lambda encoder, size, channels: LSTMDecoder(LATENT, size, channels, WIDTH), {"LSTM": {}}),

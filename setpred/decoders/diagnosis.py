@@ -17,7 +17,7 @@ from setpred._checks import check_count, check_mask, check_shape
 from setpred.encoders.base import encode, parameter_dtype
 from setpred.functional._precision import common_dtype
 from setpred.functional.descent import outside_inference
-from setpred.functional.step import GradientDescent, PolyakDescent, as_rule
+from setpred.functional.step import GradientDescent, PolyakDescent, StepRule, as_rule
 from setpred.losses._common import ScaledLoss, as_encoded
 from setpred.losses.dspn import SetLoss
 from setpred.losses.hungarian import HungarianLoss
@@ -343,9 +343,9 @@ def _verdicts(found: Diagnosis, decoder: DSPNDecoder, reach: float) -> list[str]
     falls = last < FALLS * first
     verdicts = []
     if blown:
-        verdicts.append(f"It blows up: {errors}, {further}. {_smaller_steps(found)}")
+        verdicts.append(f"It blows up: {errors}, {further}. {_smaller_steps(found, as_rule(decoder.lr))}")
     elif unstable and arrived:
-        verdicts.append(f"It is unstable: {errors}, {further}. {_smaller_steps(found)}")
+        verdicts.append(f"It is unstable: {errors}, {further}. {_smaller_steps(found, as_rule(decoder.lr))}")
     elif stuck and falls:
         verdicts.append(
             f"The descent does not lower the set error: {errors}, though the representation loss falls from "
@@ -393,8 +393,10 @@ def _verdicts(found: Diagnosis, decoder: DSPNDecoder, reach: float) -> list[str]
     return verdicts
 
 
-def _smaller_steps(found: Diagnosis) -> str:
+def _smaller_steps(found: Diagnosis, rule: StepRule) -> str:
     if found.stability is None or found.limit is None:
+        if isinstance(rule, PolyakDescent):
+            return f"Lower `max_lr`, which is {rule.max_lr:g}, or train with a smaller learning rate."
         return "The step rule must take smaller steps."
     if _median(found.stability) > found.limit:
         return (

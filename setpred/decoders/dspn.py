@@ -68,6 +68,7 @@ class DSPNDecoder(nn.Module):
         mask_clamp: Range of the mask; None carries no mask (sets of fixed size) and calls ``encoder(elements, None)``.
         set_size: Largest number of elements N.
         channels: Features C of an element, without the mask.
+        eval_iters: Number of inner steps in evaluation mode; by default the same.
         repr_loss: :math:`\ell`: ``"huber"`` or ``"mse"``; see :func:`setpred.representation_loss`.
         anchor: Weight w of the pull of the elements towards :math:`Y_0`, a mean over the set's N x C values.
         project: Maps ``(elements, mask)`` to the nearest allowed ones, after each step and after the clamp.
@@ -119,6 +120,7 @@ class DSPNDecoder(nn.Module):
         *,
         set_size: int,
         channels: int,
+        eval_iters: int | None = None,
         repr_loss: Kind = "huber",
         anchor: float = 0.0,
         project: Project | None = None,
@@ -133,6 +135,8 @@ class DSPNDecoder(nn.Module):
     ) -> None:
         super().__init__()
         check_count("iters", iters)
+        if eval_iters is not None:
+            check_count("eval_iters", eval_iters)
         as_rule(lr)
         check_interval("mask_clamp", mask_clamp)
         check_count("set_size", set_size)
@@ -149,7 +153,7 @@ class DSPNDecoder(nn.Module):
         check_count("starts", starts)
         check_scaler(scaler, channels)
         self.encoder = encoder
-        self.iters, self.lr, self.mask_clamp = iters, lr, mask_clamp
+        self.iters, self.eval_iters, self.lr, self.mask_clamp = iters, eval_iters, lr, mask_clamp
         self.set_size, self.channels = set_size, channels
         self.repr_loss: Kind = repr_loss
         self.anchor, self.project, self.tol = anchor, project, tol
@@ -172,7 +176,8 @@ class DSPNDecoder(nn.Module):
 
         20 steps of :class:`setpred.PolyakDescent`, which size themselves, on half the squared error, differentiated
         implicitly, so that memory does not grow with them; from random sets, so that the encoder learns to decode from
-        any. Train it with a set loss of the prediction alone; evaluate it with more steps.
+        any; in evaluation mode twice as many steps, since the descent goes on to improve. Train it with a set loss of
+        the prediction alone.
 
         Args:
             encoder: Set encoder; a :class:`setpred.PooledEncoder` as it is made by default. One of your own should have
@@ -190,6 +195,7 @@ class DSPNDecoder(nn.Module):
         """
         recipe: dict[str, Any] = {
             "iters": 20,
+            "eval_iters": 2 * overrides.get("iters", 20),
             "lr": PolyakDescent(),
             "mask_clamp": (0.0, 1.0),
             "repr_loss": "mse",
@@ -282,7 +288,7 @@ class DSPNDecoder(nn.Module):
 
         Args:
             z: Target representations, shape ``(B, D)``.
-            iters: Number of steps, by default the decoder's.
+            iters: Number of steps, by default the decoder's in its mode.
             init: Initial elements ``(B, N, C)``, or elements and mask ``(B, N)``, in place of the decoder's own.
             starts: Number of descents for each sample, by default the decoder's.
             record: Whether to keep the trajectory; by default in training mode with ``"unrolled"`` only.
@@ -314,7 +320,8 @@ class DSPNDecoder(nn.Module):
         watched = self.training and not torch.compiler.is_compiling() and not in_transform() and self._watch.due()
         # A start that was made for this z may be at the end already.
         judged = watched and self._own_start(init) and self._watch.wants_loss
-        descent = descended(z, starting, mask, iters or self.iters, record or judged)
+        own = self.iters if self.training or self.eval_iters is None else self.eval_iters
+        descent = descended(z, starting, mask, iters or own, record or judged)
         if watched:
             self._watch.look(descent.value, descent.loss if judged else None, self.tol)
         ones = z.new_ones(elements.shape[:2], dtype=elements.dtype)
@@ -369,6 +376,7 @@ class DSPNDecoder(nn.Module):
             Shape ``(B,)``.
 
         Raises:
+            TypeError: If the prediction is none.
             ValueError: If a shape is wrong.
 
         Example:
@@ -378,6 +386,8 @@ class DSPNDecoder(nn.Module):
             >>> decoder.representation_loss(decoder(z), z).shape
             torch.Size([3])
         """
+        if not isinstance(prediction, SetPrediction):
+            raise TypeError(f"`prediction` must be a SetPrediction, got a {type(prediction).__name__}")
         mask = None if self.mask_clamp is None else prediction.mask
         return self._loss(encode(self.encoder, scaled(prediction.elements, self.scaler), mask), z)
 
@@ -402,7 +412,7 @@ class DSPNDecoder(nn.Module):
             target: Target elements, shape ``(B, M, C)`` with M at most ``set_size``.
             target_mask: Bool or float {0, 1}, shape ``(B, M)``; None means that all are present. Values of absent
                 elements are not seen.
-            iters: Number of steps T, by default the decoder's.
+            iters: Number of steps T, by default those of the training.
             set_loss: The set error, called as ``set_loss(pred, target, pred_mask, target_mask)``, a scalar; by default
                 :class:`setpred.HungarianLoss`. Without a scaler of its own it gets elements in the decoder's
                 coordinates, as :class:`setpred.DSPNLoss` calls it.
@@ -505,7 +515,8 @@ class DSPNDecoder(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"iters={self.iters}, lr={self.lr}, mask_clamp={self.mask_clamp}, set_size={self.set_size}, "
-            f"channels={self.channels}, repr_loss={self.repr_loss!r}, anchor={self.anchor}, tol={self.tol}, "
+            f"channels={self.channels}, eval_iters={self.eval_iters}, repr_loss={self.repr_loss!r}, "
+            f"anchor={self.anchor}, tol={self.tol}, "
             f"differentiate={self.differentiate!r}, checkpoint={self.checkpoint}, starts={self.starts}"
             + (f", init={self.init!r}" if isinstance(self.init, str) else "")
         )

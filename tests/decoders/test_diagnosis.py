@@ -125,6 +125,17 @@ def test_steps_too_large(rule: GradientDescent) -> None:
     assert f"above {found.limit:.3g}: use PolyakDescent, or lower `lr` to " in found.verdicts[0]
 
 
+def test_polyak_steps_too_large_where_the_loss_has_a_floor() -> None:
+    def out_of_reach(elements: Tensor, mask: Tensor | None) -> Tensor:
+        return torch.cat([elements.flatten(1), 100 * torch.ones_like(elements[:, 0])], 1)  # z: zeros there
+
+    decoder = make(lr=PolyakDescent(max_lr=100.0), mask_clamp=None, encoder=out_of_reach)
+    target, _ = targets()
+    found = decoder.diagnose(out_of_reach(target, None) * torch.tensor([1.0] * N * C + [0.0] * C), target)
+    says(found, "It blows up: ")
+    assert found.verdicts[0].endswith("Lower `max_lr`, which is 100, or train with a smaller learning rate.")
+
+
 def listed_elements(elements: Tensor, mask: Tensor | None) -> Tensor:
     return elements.flatten(1)
 

@@ -306,6 +306,15 @@ def test_iters_may_be_overridden() -> None:
     assert decoder.iters == 4
 
 
+def test_evaluation_may_have_another_number_of_steps() -> None:
+    decoder, z = make_decoder(4, eval_iters=9), make_z()
+    assert len(decoder(z, record=True).trajectory.repr_loss) == 4
+    assert_close(decoder.eval()(z), make_like(decoder, iters=9).eval()(z))
+    assert len(decoder(z, iters=2, record=True).trajectory.repr_loss) == 2
+    assert len(decoder.diagnose(z, torch.zeros(len(z), decoder.set_size, decoder.channels)).loss) == 4 + 1
+    assert DSPNDecoder.recommended(decoder.encoder, set_size=3, channels=2, iters=7).eval_iters == 14
+
+
 def make_like(decoder: DSPNDecoder, **options: Any) -> DSPNDecoder:
     other = make_decoder(**options)
     other.load_state_dict(decoder.state_dict())
@@ -327,7 +336,7 @@ def test_what_is_recorded(training: bool, differentiate: str, record: bool | Non
 
 
 def settings_of(decoder: DSPNDecoder) -> dict[str, Any]:
-    names = ["iters", "lr", "mask_clamp", "set_size", "channels", "repr_loss", "anchor"]
+    names = ["iters", "lr", "mask_clamp", "set_size", "channels", "eval_iters", "repr_loss", "anchor"]
     return {
         name: getattr(decoder, name)
         for name in [*names, "project", "tol", "differentiate", "checkpoint", "starts", "init"]
@@ -340,6 +349,7 @@ PAPER = {
     "mask_clamp": (0.0, 1.0),
     "set_size": 7,
     "channels": C,
+    "eval_iters": None,
     "repr_loss": "huber",
     "anchor": 0.0,
     "project": None,
@@ -358,7 +368,7 @@ IDSPN = PAPER | {
 }
 
 DEFAULT = PAPER | {"lr": PolyakDescent(1.0, momentum=0.9)}
-RECOMMENDED = IDSPN | {"lr": PolyakDescent(1.0, momentum=0.9)}
+RECOMMENDED = IDSPN | {"lr": PolyakDescent(1.0, momentum=0.9), "eval_iters": 40}
 
 
 @pytest.mark.parametrize(
@@ -374,7 +384,7 @@ RECOMMENDED = IDSPN | {"lr": PolyakDescent(1.0, momentum=0.9)}
 def test_presets_have_the_published_numbers(build: Callable[..., DSPNDecoder], expected: dict[str, Any]) -> None:
     encoder = PooledEncoder(C, D)
     assert settings_of(build(encoder, set_size=7, channels=C)) == expected
-    overrides = {"iters": 40, "mask_clamp": None, "tol": 0.1, "anchor": 0.2, "init": "random"}
+    overrides = {"iters": 40, "eval_iters": 50, "mask_clamp": None, "tol": 0.1, "anchor": 0.2, "init": "random"}
     decoder = build(encoder, set_size=7, channels=C, dtype=torch.float64, **overrides)
     assert settings_of(decoder) == expected | overrides
     assert decoder.encoder is encoder

@@ -66,6 +66,12 @@ def test_representation_loss_of_every_dtype(dtype: torch.dtype, with_scaler: boo
     assert loss.isfinite().all()
 
 
+def test_representation_loss_of_something_else() -> None:
+    decoder, z = make_decoder(), torch.randn(3, D, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"^`prediction` must be a SetPrediction, got a tuple$"):
+        decoder.representation_loss((decoder(z).elements, decoder(z).mask), z)  # type: ignore[arg-type]
+
+
 def test_starts_may_be_the_decoders_or_the_calls() -> None:
     decoder = make_decoder(starts=3)
     z = targets(decoder)
