@@ -30,6 +30,7 @@ from setpred import (
 )
 from setpred.functional import argsort_descending
 from tests import oracles
+from tests.benchmarks.against import compare
 from tests.benchmarks.work import (
     BATCH,
     Clevr,
@@ -275,7 +276,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="measure only rows with this text in their title")
     parser.add_argument("--seconds", type=float, default=10, help="about how long to measure a row")
     parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument(
+        "--against", metavar="COMMIT", help="compare this checkout with a commit, in place of the table"
+    )
+    parser.add_argument("--threshold", type=float, default=1.1, help="with --against: fail above this ratio (1.1)")
     arguments = parser.parse_args()
+    if arguments.against:
+        raise SystemExit(compare(arguments.against, arguments.only, arguments.threshold))
     torch.set_default_device(arguments.device)
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count() or 1)
