@@ -149,7 +149,7 @@ CASES: dict[str, Case] = {
     **{
         f"{name}, {kind}": lambda loss=loss, kind=kind: called(loss(presence=kind), *sets())
         for name, loss in {"HungarianLoss": HungarianLoss, "ChamferLoss": ChamferLoss}.items()
-        for kind in ("feature", "bce", "none")
+        for kind in ("feature", "bce", "logits", "none")
     },
     **{
         f"SinkhornLoss, {kind}": lambda kind=kind: called(SinkhornLoss(iters=5, presence=kind), *sets())

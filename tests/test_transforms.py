@@ -98,7 +98,7 @@ def of_losses() -> Iterator[tuple[str, Case]]:
     losses = {"hungarian_loss": hungarian_loss, "chamfer_loss": chamfer_loss, "sinkhorn_loss": sinkhorn_loss}
     for (name, loss), cost in product(losses.items(), ("huber", "mse", "l1", composed)):
         options = {"iters": 8, "epsilon": 0.1} if name == "sinkhorn_loss" else {}
-        for presence in ("feature", "none") if name == "sinkhorn_loss" else ("feature", "bce", "none"):
+        for presence in ("feature", "none") if name == "sinkhorn_loss" else ("feature", "bce", "logits", "none"):
 
             def call(*args: Tensor, loss: Callable = loss, **options: object) -> object:
                 return loss(*args, **options)

@@ -78,6 +78,9 @@ def linear_assignment(
 
     Source: Kuhn, The Hungarian method (1955); the paper's equation 2.
     """
+    check_choice("maximize", maximize, (False, True))
+    check_count("rows_per_column", rows_per_column)
+    check_choice("nonfinite", nonfinite, ("raise", "skip"))
     return assign(
         cost, row_mask, col_mask, solver, maximize=maximize, rows_per_column=rows_per_column, nonfinite=nonfinite
     )
@@ -94,15 +97,12 @@ def assign(
     rows_per_column: int = 1,
     nonfinite: NonFinite = "raise",
 ) -> Tensor:
-    """:func:`linear_assignment`; with ``every_column``, more columns than rows present are an error too."""
+    """:func:`linear_assignment` of checked options; with ``every_column``, more columns than rows are an error too."""
     check_real_tensor("cost", cost)
     if cost.dim() < 3:
         raise ValueError(f"`cost` must have shape (B, N, M), got shape {tuple(cost.shape)}")
     check_mask("row_mask", row_mask, cost.shape[:-1])
     check_mask("col_mask", col_mask, (*cost.shape[:-2], cost.shape[-1]))
-    check_choice("maximize", maximize, (False, True))
-    check_count("rows_per_column", rows_per_column)
-    check_choice("nonfinite", nonfinite, ("raise", "skip"))
     cost = cost.detach().to(common_dtype(cost) if cost.is_floating_point() else torch.float64)
     row_mask, col_mask = (None if mask is None else mask.bool() for mask in (row_mask, col_mask))
     cols = cost.shape[-1]

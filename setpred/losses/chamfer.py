@@ -8,6 +8,7 @@ from torch import Tensor
 from setpred.functional.nearest import nearest_neighbours
 from setpred.functional.pairwise import Cost
 from setpred.losses._common import (
+    SCORED,
     Presence,
     Reduction,
     SetLoss,
@@ -57,6 +58,7 @@ def chamfer_loss(
       empty, the value is 0.
     - ``"bce"``: the same, and the predicted mask is scored against who is the nearest of some target:
       :math:`w \frac{1}{N} \sum_i \operatorname{BCE}(\hat m_i, [i \text{ is nearest to some } j])` is added.
+    - ``"logits"``: as ``"bce"`` of the mask's sigmoid.
 
     Values of what is absent, NaN too, are never seen; any other NaN makes the set's loss NaN. Costs are computed in
     float32 at least, under autocast too. Neighbours are found without a graph, in memory that grows with N + M: see
@@ -65,13 +67,13 @@ def chamfer_loss(
     Args:
         pred: Predicted elements, shape ``(B, N, C)``, or ``(K, B, N, C)`` for K predictions of the same targets.
         target: Target elements, shape ``(B, M, C)``.
-        pred_mask: Predicted presence in [0, 1], floating, shape ``(B, N)`` or ``(K, B, N)``. With ``"bce"`` its values
-            are checked, which waits for the device.
+        pred_mask: Predicted presence in [0, 1], with ``"logits"`` of any size; floating, shape ``(B, N)`` or
+            ``(K, B, N)``. With ``"bce"`` its values are checked, which waits for the device.
         target_mask: Bool or float {0, 1}, shape ``(B, M)``; None means that all are present.
         cost: Cost d of a pair: ``"huber"``, ``"mse"``, ``"l1"``, or a callable ``(B, N, C), (B, M, C) -> (B, N, M)``,
             see :func:`~setpred.functional.pairwise.pairwise_cost`.
         matching_cost: Cost by which neighbours are nearest, if another than the one that is charged.
-        presence: ``"feature"``, ``"bce"`` or ``"none"``.
+        presence: ``"feature"``, ``"bce"``, ``"logits"`` or ``"none"``.
         presence_weight: Weight w of the binary cross-entropy.
         reduction: ``"mean"`` or ``"sum"`` over sets, or ``"none"``: shape ``(B,)`` or ``(K, B)``.
 
@@ -99,7 +101,10 @@ def chamfer_loss(
             check_sees_mask(cost, pred.shape[-1])
         target, present = fill_up(sets, sized=pred_mask is not None or target_mask is not None)
     elif sets.pred_mask is not None:
-        weight = as_weight(sets.pred_mask) if presence == "none" else sets.pred_mask.relu()
+        if presence == "logits":
+            weight = sets.pred_mask.sigmoid()
+        else:
+            weight = as_weight(sets.pred_mask) if presence == "none" else sets.pred_mask.relu()
         exists = weight.detach() != 0
         pred = pred.masked_fill(~exists.unsqueeze(-1), 0)
     with full_precision(pred.device):
@@ -116,9 +121,9 @@ def chamfer_loss(
             value = _mean(from_pred, charged_pred, weight) + _mean(from_target, charged_target)
             if charged_target is not None:
                 value = keep_nan(value, pred, target)
-        if sets.pred_mask is not None and presence == "bce":
+        if sets.pred_mask is not None and presence in SCORED:
             matched = _chosen(of_target, charged_target, pred.shape[1])
-            value = value + presence_weight * presence_loss(sets.pred_mask, matched)
+            value = value + presence_weight * presence_loss(sets.pred_mask, matched, presence)
     return reduce(value, reduction, sets.shape)
 
 
