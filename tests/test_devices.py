@@ -157,6 +157,7 @@ CASES: dict[str, Case] = {
     },
     "hungarian_loss": lambda: called(setpred.hungarian_loss, *sets(), return_matching=True),
     "chamfer_loss": lambda: called(setpred.chamfer_loss, *sets()[:2]),
+    "earth_mover_distance": lambda: called(setpred.earth_mover_distance, *sets()[:2]),
     "sinkhorn_loss": lambda: called(setpred.sinkhorn_loss, *sets()[:2], debias=False, iters=5),
     "RepresentationLoss": lambda: called(RepresentationLoss(), torch.rand(2, 8), torch.rand(2, 8)),
     "representation_loss": lambda: called(setpred.representation_loss, torch.rand(2, 8), torch.rand(2, 8), kind="mse"),
@@ -186,6 +187,8 @@ CASES: dict[str, Case] = {
     "matched_indices": lambda: called(functional.matched_indices, torch.arange(6).view(2, 3) % 4 - 1),
     "matched_pairs": lambda: called(functional.matched_pairs, torch.arange(6).view(2, 3) % 4 - 1),
     "nearest_neighbours": lambda: called(functional.nearest_neighbours, *sets()[:2], y_mask=presence(2, 4)),
+    "euclidean_cost": lambda: called(functional.euclidean_cost, *sets()[:2]),
+    "exact_transport": lambda: called(functional.exact_transport, torch.rand(2, 5, 4), col_mask=presence(2, 4)),
     "entropic_transport": lambda: called(
         functional.entropic_transport, torch.rand(2, 5, 4), torch.full((2, 5), 0.2), torch.full((2, 4), 0.25), iters=5
     ),

@@ -174,6 +174,28 @@ def cross_entropy_cost(logits: Tensor, target: Tensor) -> Tensor:
     return -logits.log_softmax(-1) @ target.transpose(-1, -2)
 
 
+def euclidean_cost(x: Tensor, y: Tensor) -> Tensor:
+    r"""Euclidean distance, of which the gradient is 0 between equal elements.
+
+    .. math:: d(x, y) = \lVert x - y \rVert_2
+
+    Args:
+        x: Shape ``(B, N, C)``.
+        y: Shape ``(B, M, C)``.
+
+    Returns:
+        Shape ``(B, N, M)``.
+
+    Example:
+        >>> euclidean_cost(torch.zeros(1, 1, 2), torch.tensor([[[3.0, 4.0]]]))
+        tensor([[[5.]]])
+
+    Source: the distance of `torch.cdist`, without its rounding of matrix products.
+    """
+    distance: Tensor = torch.linalg.vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), dim=-1)
+    return distance
+
+
 @dataclass(frozen=True)
 class _OnChannels:
     """What :func:`on_channels` returns: a class, so that it can be pickled and compared."""
