@@ -197,6 +197,7 @@ CASES: dict[str, Case] = {
     "attribute_distance": lambda: called(
         metrics.attribute_distance, torch.rand(2, 5, 7), torch.rand(2, 3, 7), coordinates=2, groups=(2, 3)
     ),
+    "point_f_score": lambda: called(metrics.point_f_score, *sets()[:2], threshold=0.3, target_mask=presence(2, 4)),
     "average_precision": lambda: called(
         metrics.average_precision, torch.rand(2, 5, 4), torch.rand(2, 5), torch.rand(2, 3, 4), recall_points=11
     ),
@@ -214,6 +215,7 @@ NEED_VALUES = (
     "unpad_sets",
     "average_precision",
     "AveragePrecision",
+    "point_f_score",
 )
 WITHOUT_VALUES = pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(NEED_VALUES)])
 

@@ -123,6 +123,10 @@ def of_losses() -> Iterator[tuple[str, Case]]:
     yield "hungarian_loss:matching", Case(lambda *a: hungarian_loss(*a, return_matching=True), sets)
     yield "hungarian_loss:single precision", Case(hungarian_loss, tuple(x.float() for x in sets[:3]))
     points = (normal(B, N, C), normal(B, M, C), bools(B, N), bools(B, M))
+    yield (
+        "point_f_score",
+        Case(lambda x, y, a, b: metrics.point_f_score(x, y, threshold=0.5, pred_mask=a, target_mask=b), points, False),
+    )
     yield "earth_mover_distance", Case(earth_mover_distance, points)
     yield "earth_mover_distance:huber", Case(lambda *a: earth_mover_distance(*a, cost="huber"), points[:2])
     for kind, reduction in product(("huber", "mse"), ("mean", "none")):

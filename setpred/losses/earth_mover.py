@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from setpred._checks import as_presence, check_choice, check_mask, in_transform
+from setpred._checks import as_presence, check_choice
 from setpred.functional.pairwise import Cost, check_cost, cost_of_all_pairs, euclidean_cost
 from setpred.functional.transport import exact_transport
 from setpred.losses._common import REDUCTIONS, Reduction, charge, enter, full_precision, gather_rows, keep_nan, reduce
@@ -57,12 +57,7 @@ def earth_mover_distance(
     check_cost("cost", cost)
     check_choice("reduction", reduction, REDUCTIONS)
     sets = enter(pred, target, None, target_mask, "none")
-    exists = None
-    if pred_mask is not None:
-        check_mask("pred_mask", pred_mask, pred.shape[:-1])
-        unseen = torch.compiler.is_compiling() or in_transform()
-        exists = pred_mask.bool() if unseen else as_presence("pred_mask", pred_mask, pred)
-        exists = exists.reshape(sets.pred.shape[:2])
+    exists = None if pred_mask is None else as_presence("pred_mask", pred_mask, pred).reshape(sets.pred.shape[:2])
     pred, target = sets.pred, sets.target
     if exists is not None:
         pred = torch.where(exists.unsqueeze(-1), pred, 0)
