@@ -194,12 +194,13 @@ def hungarian_loss(
             if nonfinite == "skip":
                 skipped = ~matched.any(1) if who is None else who.any(1) & ~matched.any(1)
                 mask = None if mask is None else mask.masked_fill(skipped.unsqueeze(1), 0.5)
-            if who is not None:  # else NaN has been an error of the costs, or skipped
-                value = keep_nan(value, pred)
+            unseen = [] if who is None else [pred]  # whose NaN need not have been an error of the costs
+            if mask is not None and presence == "none":
+                unseen.append(mask)
+            if unseen:
+                value = keep_nan(value, *unseen)
             if mask is not None and presence in SCORED:
                 value = value + presence_weight * presence_loss(mask, matched, presence)
-            elif mask is not None:
-                value = keep_nan(value, mask)
             if nonfinite == "skip":
                 value = value.masked_fill(skipped, 0)
     loss = reduce(value, reduction, sets.shape)

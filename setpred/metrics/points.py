@@ -55,24 +55,17 @@ def point_f_score(
     with torch.no_grad():
         x = torch.where(exists.unsqueeze(-1), pred.to(dtype), 0)
         y = torch.where(present.unsqueeze(-1), target.to(dtype), 0)
-        precision, recall = (
-            _share_near(a, b, of, ours, theirs, threshold)
-            for a, b, of, ours, theirs in zip(
-                (x, y),
-                (y, x),
-                nearest_neighbours(x, y, "mse", x_mask=exists, y_mask=present),
-                (exists, present),
-                (present, exists),
-                strict=True,
-            )
-        )
+        of_x, of_y = nearest_neighbours(x, y, "mse", x_mask=exists, y_mask=present)
+        precision = _share_near(x, y, of_x, exists, threshold)
+        recall = _share_near(y, x, of_y, present, threshold)
         score = 2 * precision * recall / (precision + recall).clamp(min=torch.finfo(dtype).tiny)
         return torch.where(exists.any(1) | present.any(1), score, 1)
 
 
-def _share_near(x: Tensor, y: Tensor, nearest: Tensor, exists: Tensor, others: Tensor, threshold: float) -> Tensor:
+def _share_near(x: Tensor, y: Tensor, nearest: Tensor, exists: Tensor, threshold: float) -> Tensor:
+    """Share of what exists of x that is near to its nearest of y; of any value where y is empty."""
     if y.shape[1] == 0:
         return x.new_zeros(len(x))
     partner = y.gather(1, nearest.unsqueeze(-1).expand_as(x))
-    near = (cost_of_pairs(x, partner, euclidean_cost) < threshold) & exists & others.any(1, keepdim=True)
+    near = (cost_of_pairs(x, partner, euclidean_cost) < threshold) & exists
     return near.sum(1).to(x.dtype) / exists.sum(1).clamp(min=1)
