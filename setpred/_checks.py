@@ -45,6 +45,14 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"`{name}` must have a floating dtype, got {_described(value)}")
 
 
+def check_real_tensor(name: str, value: object) -> None:
+    """Raise unless ``value`` is a tensor of a floating or an integer dtype."""
+    if isinstance(value, Tensor) and (value.dtype == torch.bool or value.is_complex()):
+        raise TypeError(f"`{name}` must have a floating or integer dtype, got {_described(value)}")
+    if not isinstance(value, Tensor) or value.is_floating_point():
+        check_tensor(name, value)
+
+
 def check_shape(name: str, value: Tensor, *shape: int | str) -> None:
     """Raise unless ``value`` is a floating tensor of ``shape``: ints are exact sizes, strings are free ones."""
     check_tensor(name, value)
@@ -75,12 +83,15 @@ def check_mask(name: str, mask: Tensor | None, shape: torch.Size | tuple[int, ..
 
 
 def as_presence(name: str, mask: Tensor | None, elements: Tensor) -> Tensor:
-    """Make a mask of elements (..., N, C) bool, all True if there is none; presence in between is an error."""
+    """Make a mask of elements (..., N, C) bool, all True if there is none; presence in between is an error.
+
+    While compiling, and inside of torch.func's transforms, there are no values to see.
+    """
     check_mask(name, mask, elements.shape[:-1])
     if mask is None:
         return torch.ones(elements.shape[:-1], dtype=torch.bool, device=elements.device)
     present = mask.bool()
-    if bool((present != mask).any()):
+    if not torch.compiler.is_compiling() and not in_transform() and bool((present != mask).any()):
         raise ValueError(f"`{name}` must be bool or hold only 0 and 1, got values between: compare with a threshold")
     return present
 

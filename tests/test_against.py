@@ -1,4 +1,4 @@
-"""The comparison of two commits, `python -m tests.benchmarks --against COMMIT`: that it runs and decides, not what it measures."""
+"""`python -m tests.benchmarks --against COMMIT`: that it runs and decides, not what it measures."""
 
 import subprocess
 from pathlib import Path
@@ -30,5 +30,5 @@ def test_what_a_commit_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_an_unknown_commit() -> None:
-    with pytest.raises(SystemExit, match="^git knows no commit 'nonsense'$"):
+    with pytest.raises(SystemExit, match=r"^git knows no commit 'nonsense'$"):
         against.compare("nonsense", "hungarian")

@@ -276,9 +276,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="measure only rows with this text in their title")
     parser.add_argument("--seconds", type=float, default=10, help="about how long to measure a row")
     parser.add_argument("--device", default="cpu", help="default: cpu")
-    parser.add_argument(
-        "--against", metavar="COMMIT", help="compare this checkout with a commit, in place of the table"
-    )
+    parser.add_argument("--against", metavar="COMMIT", help="compare the checkout with a commit instead")
     parser.add_argument("--threshold", type=float, default=1.1, help="with --against: fail above this ratio (1.1)")
     arguments = parser.parse_args()
     if arguments.against:

@@ -1,8 +1,8 @@
 """Two commits beside each other: python -m tests.benchmarks --against COMMIT [--only TEXT] [--threshold RATIO].
 
-Each commit has a process of its own; both do the same piece of work in turn, round after round, so that whatever slows the
-machine slows both. A ratio is the time of the checkout, as it is on disk, over that of COMMIT: below 1 is faster. The exit
-status is 1 if the median of any is above the threshold.
+Each commit has a process of its own; both do the same piece of work in turn, round after round, so that whatever slows
+the machine slows both. A ratio is the time of the checkout, as it is on disk, over that of COMMIT: below 1 is faster.
+The exit status is 1 if the median of any is above the threshold.
 
 The works use no more of the library than what has long been there; what COMMIT cannot do shows as "-".
 """
