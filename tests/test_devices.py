@@ -183,6 +183,7 @@ CASES: dict[str, Case] = {
     "on_channels": lambda: called(functional.on_channels("huber", [0, 2], weight=2.0), *sets()[:2]),
     "cross_entropy_cost": lambda: called(functional.cross_entropy_cost, *sets()[:2]),
     "linear_assignment": lambda: called(functional.linear_assignment, torch.rand(2, 5, 4), col_mask=presence(2, 4)),
+    "matched_indices": lambda: called(functional.matched_indices, torch.arange(6).view(2, 3) % 4 - 1),
     "matched_pairs": lambda: called(functional.matched_pairs, torch.arange(6).view(2, 3) % 4 - 1),
     "nearest_neighbours": lambda: called(functional.nearest_neighbours, *sets()[:2], y_mask=presence(2, 4)),
     "entropic_transport": lambda: called(

@@ -43,6 +43,7 @@ from setpred.functional import (
     descend,
     entropic_transport,
     linear_assignment,
+    matched_indices,
     matched_pairs,
     nearest_neighbours,
     paired_cost,
@@ -173,6 +174,11 @@ def of_functions() -> Iterator[tuple[str, Case]]:
             False,
         ),
     )
+    yield (
+        "linear_assignment:options",
+        Case(lambda c: linear_assignment(c, maximize=True, rows_per_column=2), (cost,), False),
+    )
+    yield "matched_indices", Case(lambda c: matched_indices(linear_assignment(c)), (cost,), False)
     yield "linear_assignment:leading dimensions", Case(linear_assignment, (normal(2, B, N, M),), False)
     weights = (soft(B, N).softmax(-1), soft(B, M).softmax(-1))
     yield (

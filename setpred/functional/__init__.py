@@ -1,7 +1,7 @@
 """The numeric core: pure tensor functions, no modules."""
 
 from setpred.functional.argsort import argsort_descending
-from setpred.functional.assignment import linear_assignment, matched_pairs
+from setpred.functional.assignment import linear_assignment, matched_indices, matched_pairs
 from setpred.functional.descent import Descent, descend
 from setpred.functional.nearest import nearest_neighbours
 from setpred.functional.pairwise import cross_entropy_cost, on_channels, paired_cost, pairwise_cost, sum_costs
@@ -21,6 +21,7 @@ __all__ = [
     "cross_entropy_cost",
     "linear_assignment",
     "matched_pairs",
+    "matched_indices",
     "nearest_neighbours",
     "Transport",
     "entropic_transport",

@@ -1,10 +1,13 @@
 """What all set losses share: reduction, and the door through which their arguments come in."""
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, fields
+from functools import wraps
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import dataclass_transform, override
 
 from setpred._checks import (
     check_at_least,
@@ -81,14 +84,21 @@ def check_options(
 
 
 class ScaledLoss(nn.Module):
-    """What the modules of set losses share: where a scaler is given, they measure in its coordinates."""
+    """What the modules of losses share: where a scaler is given, they measure in its coordinates."""
 
     scaler: StandardScaler | None
 
     def __init__(self, scaler: StandardScaler | None) -> None:
         super().__init__()
         check_scaler(scaler)
-        object.__setattr__(self, "scaler", scaler)  # past nn.Module, which would register what is the decoder's
+        self.scaler = scaler
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scaler":
+            object.__setattr__(self, name, value)  # past nn.Module, which would register what is the decoder's
+        else:
+            super().__setattr__(name, value)
 
     def _scaled(self, pred: Tensor, target: Tensor, name: str = "pred") -> tuple[Tensor, Tensor]:
         """Both sides in the scaler's coordinates; what is absent is zeroed after it, as everywhere in the losses."""
@@ -98,14 +108,46 @@ class ScaledLoss(nn.Module):
         return scaled(pred, self.scaler), scaled(target, self.scaler)
 
 
-def options_repr(module: ScaledLoss) -> str:
-    """Say what a matching loss is configured with, but for submodules, which are shown anyway."""
-    names = ["cost", "matching_cost", "presence", "presence_weight", "reduction", "solver"]
-    options = {name: getattr(module, name, None) for name in names}
-    if options["presence"] != "bce":
-        del options["presence_weight"]
-    shown = {k: v for k, v in options.items() if v is not None and not isinstance(v, nn.Module)}
-    return ", ".join(f"{name}={value!r}" for name, value in shown.items()) + scaler_repr(module)
+class SetLoss(ScaledLoss):
+    """Module form of a set loss. Its fields are the function's options and a scaler: see :func:`with_options`."""
+
+    _names: tuple[str, ...]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the function is called with beside the sets."""
+        return {name: getattr(self, name) for name in self._names}
+
+    @override
+    def extra_repr(self) -> str:
+        """Say what the loss is configured with, but for submodules, which are shown anyway."""
+        options = self.options
+        if options["presence"] != "bce":
+            options.pop("presence_weight", None)
+        shown = {k: v for k, v in options.items() if v is not None and not isinstance(v, nn.Module)}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items()) + scaler_repr(self)
+
+
+_Loss = TypeVar("_Loss", bound=SetLoss)
+
+
+@dataclass_transform(eq_default=False)
+def with_options(loss: type[_Loss]) -> type[_Loss]:
+    """Class decorator: annotated names are arguments of the constructor and attributes, as in a dataclass."""
+    assign = dataclass(eq=False, repr=False)(loss).__init__  # calls __post_init__ too
+
+    @wraps(assign)
+    def __init__(self: _Loss, *args: Any, **options: Any) -> None:  # noqa: N807
+        nn.Module.__init__(self)
+        assign(self, *args, **options)
+        check_scaler(self.scaler)
+
+    loss.__init__ = __init__  # type: ignore[assignment,method-assign]
+    names = [field.name for field in fields(loss)]  # type: ignore[arg-type]
+    loss._names = tuple(name for name in names if name != "scaler")
+    for name in names:
+        delattr(loss, name)  # the default, which would hide a submodule of that name
+    return loss
 
 
 def scaler_repr(module: ScaledLoss) -> str:

@@ -1,15 +1,16 @@
 """Chamfer loss: every element is charged its nearest neighbour in the other set."""
 
+from dataclasses import KW_ONLY
+
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from setpred.functional.nearest import nearest_neighbours
 from setpred.functional.pairwise import Cost
 from setpred.losses._common import (
     Presence,
     Reduction,
-    ScaledLoss,
+    SetLoss,
     as_weight,
     charge,
     check_options,
@@ -21,9 +22,9 @@ from setpred.losses._common import (
     keep_nan,
     mean_rows,
     nothing,
-    options_repr,
     presence_loss,
     reduce,
+    with_options,
 )
 from setpred.scaler import StandardScaler
 
@@ -145,16 +146,13 @@ def _chosen(of_target: Tensor, charged: Tensor | None, rows: int) -> Tensor:
     return chosen.scatter(1, of_target, True)[:, :rows]
 
 
-class ChamferLoss(ScaledLoss):
-    """Module form of :func:`chamfer_loss`.
+@with_options
+class ChamferLoss(SetLoss):
+    """Module form of :func:`chamfer_loss`, whose options it takes.
+
+    A cost that is an ``nn.Module`` is registered, so that its parameters move and train with the loss.
 
     Args:
-        cost: ``"huber"``, ``"mse"``, ``"l1"`` or a callable ``(B, N, C), (B, M, C) -> (B, N, M)``. An ``nn.Module`` is
-            registered, so that its parameters move and train with the loss.
-        matching_cost: Cost by which neighbours are nearest, if another than the one that is charged.
-        presence: ``"feature"``, ``"bce"`` or ``"none"``.
-        presence_weight: Weight of the binary cross-entropy.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         scaler: Where given, elements of both sides are measured in its coordinates, by costs of your own too; see
             :class:`setpred.StandardScaler`. It is not registered: it moves and is saved with the decoder.
 
@@ -169,45 +167,20 @@ class ChamferLoss(ScaledLoss):
     Source: Zhang et al. (NeurIPS 2019), equation 1.
     """
 
-    def __init__(
-        self,
-        cost: Cost = "huber",
-        *,
-        matching_cost: Cost | None = None,
-        presence: Presence = "feature",
-        presence_weight: float = 1.0,
-        reduction: Reduction = "mean",
-        scaler: StandardScaler | None = None,
-    ) -> None:
-        super().__init__(scaler)
-        check_options(cost, matching_cost, presence, presence_weight, reduction)
-        self.cost = cost
-        self.matching_cost = matching_cost
-        self.presence: Presence = presence
-        self.presence_weight = presence_weight
-        self.reduction: Reduction = reduction
+    cost: Cost = "huber"
+    _: KW_ONLY
+    matching_cost: Cost | None = None
+    presence: Presence = "feature"
+    presence_weight: float = 1.0
+    reduction: Reduction = "mean"
+    scaler: StandardScaler | None = None
+
+    def __post_init__(self) -> None:
+        check_options(**self.options)
 
     def forward(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        pred_mask: Tensor | None = None,
-        target_mask: Tensor | None = None,
+        self, pred: Tensor, target: Tensor, pred_mask: Tensor | None = None, target_mask: Tensor | None = None
     ) -> Tensor:
         """See :func:`chamfer_loss`."""
         pred, target = self._scaled(pred, target)
-        return chamfer_loss(
-            pred,
-            target,
-            pred_mask,
-            target_mask,
-            cost=self.cost,
-            matching_cost=self.matching_cost,
-            presence=self.presence,
-            presence_weight=self.presence_weight,
-            reduction=self.reduction,
-        )
-
-    @override
-    def extra_repr(self) -> str:
-        return options_repr(self)
+        return chamfer_loss(pred, target, pred_mask, target_mask, **self.options)

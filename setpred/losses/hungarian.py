@@ -1,18 +1,19 @@
 """Hungarian loss: match predictions and targets one to one at the least cost, and charge the matched pairs."""
 
-from typing import Literal, overload
+from dataclasses import KW_ONLY
+from typing import Literal, TypedDict, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Unpack
 
 from setpred.functional.assignment import Solver, assign, check_solver
 from setpred.functional.pairwise import Cost, cost_of_all_pairs
 from setpred.losses._common import (
     Presence,
     Reduction,
-    ScaledLoss,
+    SetLoss,
     charge,
     check_options,
     check_sees_mask,
@@ -21,11 +22,22 @@ from setpred.losses._common import (
     gather_rows,
     keep_nan,
     mean_rows,
-    options_repr,
     presence_loss,
     reduce,
+    with_options,
 )
 from setpred.scaler import StandardScaler
+
+
+class _Options(TypedDict, total=False):
+    """The options of :func:`hungarian_loss` for its overloads: what they have in common."""
+
+    cost: Cost
+    matching_cost: Cost | None
+    presence: Presence
+    presence_weight: float
+    reduction: Reduction
+    solver: Solver
 
 
 @overload
@@ -35,13 +47,8 @@ def hungarian_loss(
     pred_mask: Tensor | None = None,
     target_mask: Tensor | None = None,
     *,
-    cost: Cost = "huber",
-    matching_cost: Cost | None = None,
-    presence: Presence = "feature",
-    presence_weight: float = 1.0,
-    reduction: Reduction = "mean",
-    solver: Solver = "auto",
     return_matching: Literal[False] = False,
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 
 
@@ -52,13 +59,8 @@ def hungarian_loss(
     pred_mask: Tensor | None = None,
     target_mask: Tensor | None = None,
     *,
-    cost: Cost = "huber",
-    matching_cost: Cost | None = None,
-    presence: Presence = "feature",
-    presence_weight: float = 1.0,
-    reduction: Reduction = "mean",
-    solver: Solver = "auto",
     return_matching: Literal[True],
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -177,17 +179,13 @@ def hungarian_loss(
     return loss, matching.view(*sets.shape, rows)
 
 
-class HungarianLoss(ScaledLoss):
-    """Module form of :func:`hungarian_loss`.
+@with_options
+class HungarianLoss(SetLoss):
+    """Module form of :func:`hungarian_loss`, whose options it takes.
+
+    A cost that is an ``nn.Module`` is registered, so that its parameters move and train with the loss.
 
     Args:
-        cost: ``"huber"``, ``"mse"``, ``"l1"`` or a callable ``(B, N, C), (B, M, C) -> (B, N, M)``. An ``nn.Module`` is
-            registered, so that its parameters move and train with the loss.
-        matching_cost: Cost to match by, if another than the one that is charged.
-        presence: ``"feature"``, ``"bce"`` or ``"none"``.
-        presence_weight: Weight of the binary cross-entropy.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        solver: ``"auto"``, ``"scipy"``, ``"cuda"`` or a callable.
         scaler: Where given, elements of both sides are measured in its coordinates, by costs of your own too; see
             :class:`setpred.StandardScaler`. It is not registered: it moves and is saved with the decoder.
 
@@ -202,48 +200,18 @@ class HungarianLoss(ScaledLoss):
     Source: Zhang et al. (NeurIPS 2019), equation 2.
     """
 
-    def __init__(
-        self,
-        cost: Cost = "huber",
-        *,
-        matching_cost: Cost | None = None,
-        presence: Presence = "feature",
-        presence_weight: float = 1.0,
-        reduction: Reduction = "mean",
-        solver: Solver = "auto",
-        scaler: StandardScaler | None = None,
-    ) -> None:
-        super().__init__(scaler)
-        check_options(cost, matching_cost, presence, presence_weight, reduction)
-        check_solver(solver)
-        self.cost = cost
-        self.matching_cost = matching_cost
-        self.presence: Presence = presence
-        self.presence_weight = presence_weight
-        self.reduction: Reduction = reduction
-        self.solver = solver
+    cost: Cost = "huber"
+    _: KW_ONLY
+    matching_cost: Cost | None = None
+    presence: Presence = "feature"
+    presence_weight: float = 1.0
+    reduction: Reduction = "mean"
+    solver: Solver = "auto"
+    scaler: StandardScaler | None = None
 
-    @overload
-    def forward(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        pred_mask: Tensor | None = None,
-        target_mask: Tensor | None = None,
-        *,
-        return_matching: Literal[False] = False,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        pred_mask: Tensor | None = None,
-        target_mask: Tensor | None = None,
-        *,
-        return_matching: Literal[True],
-    ) -> tuple[Tensor, Tensor]: ...
+    def __post_init__(self) -> None:
+        check_options(self.cost, self.matching_cost, self.presence, self.presence_weight, self.reduction)
+        check_solver(self.solver)
 
     def forward(
         self,
@@ -256,21 +224,7 @@ class HungarianLoss(ScaledLoss):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """See :func:`hungarian_loss`."""
         pred, target = self._scaled(pred, target)
-        loss: Tensor | tuple[Tensor, Tensor] = hungarian_loss(  # type: ignore[call-overload,misc]
-            pred,
-            target,
-            pred_mask,
-            target_mask,
-            cost=self.cost,
-            matching_cost=self.matching_cost,
-            presence=self.presence,
-            presence_weight=self.presence_weight,
-            reduction=self.reduction,
-            solver=self.solver,
-            return_matching=return_matching,
+        loss: Tensor | tuple[Tensor, Tensor] = hungarian_loss(  # type: ignore[call-overload]
+            pred, target, pred_mask, target_mask, return_matching=return_matching, **self.options
         )
         return loss
-
-    @override
-    def extra_repr(self) -> str:
-        return options_repr(self)

@@ -1,5 +1,7 @@
 """What Hungarian and Chamfer loss have in common; what is each one's own is in its own file."""
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -417,3 +419,24 @@ def test_what_is_matched_by_need_not_see_the_mask(name: str) -> None:
     inputs = random_sets(2, 5, 5)
     value = loss(*inputs, matching_cost=on_channels("l1", [0, 1]))
     assert torch.autograd.grad(value, inputs[2])[0].any()
+
+
+@pytest.mark.parametrize(("loss", "function"), [(HungarianLoss, hungarian_loss), (ChamferLoss, chamfer_loss)])
+def test_options_are_attributes_of_the_module(loss: type[nn.Module], function: Callable[..., Tensor]) -> None:
+    """They are what the function is called with, now and after a change, in a subclass and in a copy."""
+
+    class Own(loss):
+        def __init__(self, weight: float) -> None:
+            super().__init__("l1", presence="bce", presence_weight=weight)
+            self.own = nn.Linear(1, 1)
+
+    inputs = [x.detach() for x in random_sets(2, 4, 4)]
+    for module in (Own(2.0), copy.deepcopy(Own(2.0)), pickle.loads(pickle.dumps(loss("l1", presence="bce")))):
+        module.presence_weight, module.reduction = 3.0, "sum"
+        options = {"cost": "l1", "presence": "bce", "presence_weight": 3.0, "reduction": "sum"}
+        assert {name: getattr(module, name) for name in options} == options
+        assert "cost='l1', presence='bce', presence_weight=3.0, reduction='sum'" in repr(module)
+        torch.testing.assert_close(module(*inputs), function(*inputs, **options))
+        module.scaler = StandardScaler(2)
+        assert "scaler=StandardScaler(2)" in repr(module)
+        assert not any("scaler" in name for name in module.state_dict())
