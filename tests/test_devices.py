@@ -158,6 +158,7 @@ CASES: dict[str, Case] = {
     "hungarian_loss": lambda: called(setpred.hungarian_loss, *sets(), return_matching=True),
     "chamfer_loss": lambda: called(setpred.chamfer_loss, *sets()[:2]),
     "sinkhorn_loss": lambda: called(setpred.sinkhorn_loss, *sets()[:2], debias=False, iters=5),
+    "sinkhorn_loss, transport": lambda: called(setpred.sinkhorn_loss, *sets(), iters=5, return_transport=True),
     "RepresentationLoss": lambda: called(RepresentationLoss(), torch.rand(2, 8), torch.rand(2, 8)),
     "representation_loss": lambda: called(setpred.representation_loss, torch.rand(2, 8), torch.rand(2, 8), kind="mse"),
     "DSPNLoss": lambda: called(Outer(), torch.randn(2, 8), torch.rand(2, 5, 3), presence(2, 5)),
@@ -188,6 +189,14 @@ CASES: dict[str, Case] = {
     "nearest_neighbours": lambda: called(functional.nearest_neighbours, *sets()[:2], y_mask=presence(2, 4)),
     "entropic_transport": lambda: called(
         functional.entropic_transport, torch.rand(2, 5, 4), torch.full((2, 5), 0.2), torch.full((2, 4), 0.25), iters=5
+    ),
+    "entropic_transport, unbalanced": lambda: called(
+        functional.entropic_transport,
+        torch.rand(2, 5, 4),
+        torch.full((2, 5), 0.2),
+        torch.full((2, 4), 0.25),
+        rho=0.5,
+        tol=0.1,
     ),
     "descend": lambda: called(functional.descend, lambda y: y.square().sum(1), torch.rand(2, 3), steps=3, lr=0.1),
     "box_iou": lambda: called(metrics.box_iou, torch.rand(2, 5, 4), torch.rand(2, 3, 4)),

@@ -136,14 +136,6 @@ def _exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
-def _blocks(iters: int) -> tuple[list[int], int]:
-    """Lengths of the blocks of iterations before the last iteration, and how many of these lower epsilon."""
-    length = min(max(iters // 10, 1), 10)
-    stages = min(iters // (2 * length), 16)  # at most half of the iterations
-    more, rest = divmod(iters - 1 - stages * length, 20)
-    return [length] * stages + [20] * more + [rest] * (rest > 0), stages
-
-
 def _soft_min(
     cost: Tensor, potential: Tensor, log_weight: Tensor, eps: Tensor, dim: int, kernel: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,7 +175,8 @@ def _iterate(
     log_a, log_b = a.log(), b.log()
     least = torch.finfo(cost.dtype).tiny ** 0.7
     positive = a.clamp(min=least)
-    blocks, stages = _blocks(iters)
+    first = min(max(iters // 10, 1), 10)  # length of the blocks that lower epsilon
+    stages = min(iters // (2 * first), 16)  # how many there are
     # Logarithm of what epsilon is multiplied by. Faster than by 4 a block it falls only if there are too few blocks.
     excess = (cost.abs().amax((1, 2)) / epsilon).clamp(min=1).log().unsqueeze(1)
     rate = (excess / max(stages, 1)).clamp(min=math.log(4))
@@ -207,7 +200,9 @@ def _iterate(
         return (damped(ratio.log(), eps) + exponent / (rho + eps)).clamp(-60, 60).exp()
 
     with full_precision(cost.device):
-        for index, length in enumerate(blocks):
+        index, left = 0, iters - 1
+        while left > 0:
+            length = min(left, first if index < stages else 20)
             last, at_epsilon = centred(f, g), excess == 0
             excess = (excess - rate).clamp(min=0)
             eps = epsilon * excess.exp()
@@ -230,12 +225,12 @@ def _iterate(
             g = damped(g, eps)
             if tol is not None:
                 f, g = torch.where(done, last[0], f), torch.where(done, last[1], g)
+            index, left = index + 1, left - length
         eps = torch.full_like(excess, epsilon)
         f, g = centred(f, g)
         f = damped(_soft_min(cost, g, log_b, eps, 2, kernel)[0], eps)
         g, top, total = _soft_min(cost, f, log_a, eps, 1, kernel)
-        g = damped(g, eps)
-        return kernel.mul_((b * (top + g / eps).exp()).unsqueeze(1)), f, g
+        return kernel.mul_((b * scaling(1 / total, top * eps, eps)).unsqueeze(1)), f, damped(g, eps)
 
 
 # An operator, so that torch.compile does not unroll the iterations.
