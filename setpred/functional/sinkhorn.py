@@ -106,8 +106,6 @@ def entropic_transport(
     check_shape("row_weight", row_weight, *cost.shape[:2])
     check_shape("col_weight", col_weight, *cost.shape[::2])
     check_transport(epsilon, iters, tol, rho)
-    epsilon, iters = float(epsilon), int(iters)  # NumPy's numbers too
-    tol, rho = (None if x is None else float(x) for x in (tol, rho))
     dtype = common_dtype(cost, row_weight, col_weight)
     cost, row_weight, col_weight = cost.to(dtype), row_weight.to(dtype), col_weight.to(dtype)
     cost = cost.masked_fill((row_weight == 0).unsqueeze(2) | (col_weight == 0).unsqueeze(1), 0)

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -249,15 +248,6 @@ def test_symmetric_problems_have_equal_potentials() -> None:
     a, _ = uniform(2, 6, 6, **DOUBLE)
     found = entropic_transport(pairwise_cost(x, x, "mse"), a, a, epsilon=0.1, iters=1000)
     torch.testing.assert_close(found.plan, found.plan.mT, **EXACT)
-
-
-def test_numbers_of_numpy() -> None:
-    inputs = problem()
-    found = entropic_transport(
-        *inputs, epsilon=np.float32(0.5), iters=np.int64(9), tol=np.float32(0.25), rho=np.int32(2)
-    )
-    expected = entropic_transport(*inputs, epsilon=0.5, iters=9, tol=0.25, rho=2)
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_refusals() -> None:
