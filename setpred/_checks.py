@@ -83,12 +83,15 @@ def check_mask(name: str, mask: Tensor | None, shape: torch.Size | tuple[int, ..
 
 
 def as_presence(name: str, mask: Tensor | None, elements: Tensor) -> Tensor:
-    """Make a mask of elements (..., N, C) bool, all True if there is none; presence in between is an error."""
+    """Make a mask of elements (..., N, C) bool, all True if there is none; presence in between is an error.
+
+    While compiling, and inside of torch.func's transforms, there are no values to see.
+    """
     check_mask(name, mask, elements.shape[:-1])
     if mask is None:
         return torch.ones(elements.shape[:-1], dtype=torch.bool, device=elements.device)
     present = mask.bool()
-    if bool((present != mask).any()):
+    if not torch.compiler.is_compiling() and not in_transform() and bool((present != mask).any()):
         raise ValueError(f"`{name}` must be bool or hold only 0 and 1, got values between: compare with a threshold")
     return present
 

@@ -149,7 +149,7 @@ CASES: dict[str, Case] = {
     **{
         f"{name}, {kind}": lambda loss=loss, kind=kind: called(loss(presence=kind), *sets())
         for name, loss in {"HungarianLoss": HungarianLoss, "ChamferLoss": ChamferLoss}.items()
-        for kind in ("feature", "bce", "none")
+        for kind in ("feature", "bce", "logits", "none")
     },
     **{
         f"SinkhornLoss, {kind}": lambda kind=kind: called(SinkhornLoss(iters=5, presence=kind), *sets())
@@ -157,6 +157,7 @@ CASES: dict[str, Case] = {
     },
     "hungarian_loss": lambda: called(setpred.hungarian_loss, *sets(), return_matching=True),
     "chamfer_loss": lambda: called(setpred.chamfer_loss, *sets()[:2]),
+    "earth_mover_distance": lambda: called(setpred.earth_mover_distance, *sets()[:2]),
     "sinkhorn_loss": lambda: called(setpred.sinkhorn_loss, *sets()[:2], debias=False, iters=5),
     "sinkhorn_loss, transport": lambda: called(setpred.sinkhorn_loss, *sets(), iters=5, return_transport=True),
     "RepresentationLoss": lambda: called(RepresentationLoss(), torch.rand(2, 8), torch.rand(2, 8)),
@@ -187,6 +188,8 @@ CASES: dict[str, Case] = {
     "matched_indices": lambda: called(functional.matched_indices, torch.arange(6).view(2, 3) % 4 - 1),
     "matched_pairs": lambda: called(functional.matched_pairs, torch.arange(6).view(2, 3) % 4 - 1),
     "nearest_neighbours": lambda: called(functional.nearest_neighbours, *sets()[:2], y_mask=presence(2, 4)),
+    "euclidean_cost": lambda: called(functional.euclidean_cost, *sets()[:2]),
+    "exact_transport": lambda: called(functional.exact_transport, torch.rand(2, 5, 4), col_mask=presence(2, 4)),
     "entropic_transport": lambda: called(
         functional.entropic_transport, torch.rand(2, 5, 4), torch.full((2, 5), 0.2), torch.full((2, 4), 0.25), iters=5
     ),
@@ -203,6 +206,7 @@ CASES: dict[str, Case] = {
     "attribute_distance": lambda: called(
         metrics.attribute_distance, torch.rand(2, 5, 7), torch.rand(2, 3, 7), coordinates=2, groups=(2, 3)
     ),
+    "point_f_score": lambda: called(metrics.point_f_score, *sets()[:2], threshold=0.3, target_mask=presence(2, 4)),
     "average_precision": lambda: called(
         metrics.average_precision, torch.rand(2, 5, 4), torch.rand(2, 5), torch.rand(2, 3, 4), recall_points=11
     ),
@@ -220,6 +224,7 @@ NEED_VALUES = (
     "unpad_sets",
     "average_precision",
     "AveragePrecision",
+    "point_f_score",
 )
 WITHOUT_VALUES = pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(NEED_VALUES)])
 

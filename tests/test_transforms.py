@@ -26,6 +26,7 @@ from setpred import (
     RelationEncoder,
     StandardScaler,
     chamfer_loss,
+    earth_mover_distance,
     functional,
     hungarian_loss,
     metrics,
@@ -42,6 +43,8 @@ from setpred.functional import (
     cross_entropy_cost,
     descend,
     entropic_transport,
+    euclidean_cost,
+    exact_transport,
     linear_assignment,
     matched_indices,
     matched_pairs,
@@ -98,7 +101,7 @@ def of_losses() -> Iterator[tuple[str, Case]]:
     losses = {"hungarian_loss": hungarian_loss, "chamfer_loss": chamfer_loss, "sinkhorn_loss": sinkhorn_loss}
     for (name, loss), cost in product(losses.items(), ("huber", "mse", "l1", composed)):
         options = {"iters": 8, "epsilon": 0.1} if name == "sinkhorn_loss" else {}
-        for presence in ("feature", "none") if name == "sinkhorn_loss" else ("feature", "bce", "none"):
+        for presence in ("feature", "none") if name == "sinkhorn_loss" else ("feature", "bce", "logits", "none"):
 
             def call(*args: Tensor, loss: Callable = loss, **options: object) -> object:
                 return loss(*args, **options)
@@ -123,6 +126,13 @@ def of_losses() -> Iterator[tuple[str, Case]]:
     )
     yield "hungarian_loss:matching", Case(lambda *a: hungarian_loss(*a, return_matching=True), sets)
     yield "hungarian_loss:single precision", Case(hungarian_loss, tuple(x.float() for x in sets[:3]))
+    points = (normal(B, N, C), normal(B, M, C), bools(B, N), bools(B, M))
+    yield (
+        "point_f_score",
+        Case(lambda x, y, a, b: metrics.point_f_score(x, y, threshold=0.5, pred_mask=a, target_mask=b), points, False),
+    )
+    yield "earth_mover_distance", Case(earth_mover_distance, points)
+    yield "earth_mover_distance:huber", Case(lambda *a: earth_mover_distance(*a, cost="huber"), points[:2])
     for kind, reduction in product(("huber", "mse"), ("mean", "none")):
         yield (
             f"representation_loss:{kind}, {reduction}",
@@ -184,6 +194,11 @@ def of_functions() -> Iterator[tuple[str, Case]]:
     )
     yield "matched_indices", Case(lambda c: matched_indices(linear_assignment(c)), (cost,), False)
     yield "linear_assignment:leading dimensions", Case(linear_assignment, (normal(2, B, N, M),), False)
+    yield "euclidean_cost", Case(euclidean_cost, (x, y))
+    yield (
+        "exact_transport",
+        Case(lambda c, a, b: exact_transport(c, row_mask=a, col_mask=b), (cost, x_mask, y_mask), False),
+    )
     weights = (soft(B, N).softmax(-1), soft(B, M).softmax(-1))
     yield (
         "entropic_transport",

@@ -78,6 +78,9 @@ def linear_assignment(
 
     Source: Kuhn, The Hungarian method (1955); the paper's equation 2.
     """
+    check_choice("maximize", maximize, (False, True))
+    check_count("rows_per_column", rows_per_column)
+    check_choice("nonfinite", nonfinite, ("raise", "skip"))
     return assign(
         cost, row_mask, col_mask, solver, maximize=maximize, rows_per_column=rows_per_column, nonfinite=nonfinite
     )
@@ -94,15 +97,12 @@ def assign(
     rows_per_column: int = 1,
     nonfinite: NonFinite = "raise",
 ) -> Tensor:
-    """:func:`linear_assignment`; with ``every_column``, more columns than rows present are an error too."""
+    """:func:`linear_assignment` of checked options; with ``every_column``, more columns than rows are an error too."""
     check_real_tensor("cost", cost)
     if cost.dim() < 3:
         raise ValueError(f"`cost` must have shape (B, N, M), got shape {tuple(cost.shape)}")
     check_mask("row_mask", row_mask, cost.shape[:-1])
     check_mask("col_mask", col_mask, (*cost.shape[:-2], cost.shape[-1]))
-    check_choice("maximize", maximize, (False, True))
-    check_count("rows_per_column", rows_per_column)
-    check_choice("nonfinite", nonfinite, ("raise", "skip"))
     cost = cost.detach().to(common_dtype(cost) if cost.is_floating_point() else torch.float64)
     row_mask, col_mask = (None if mask is None else mask.bool() for mask in (row_mask, col_mask))
     cols = cost.shape[-1]
@@ -261,17 +261,18 @@ def _solve_all(
     return torch.ops.setpred.linear_assignment.default(*batched, solver, every_column, skip), 0
 
 
-def _name(sample: int, batch: torch.Size) -> str:
+def sample_name(sample: int, batch: torch.Size) -> str:
+    """Say which sample of a batch it is, by its index in all leading dimensions."""
     index = [int(i) for i in np.unravel_index(sample, batch)]
     return f"sample {index[0] if len(index) == 1 else tuple(index)}"
 
 
 def _too_many(sample: int, batch: torch.Size, rows: int, cols: int) -> str:
-    return f"{_name(sample, batch)} has {cols} columns, all to be matched, but only {rows} rows"
+    return f"{sample_name(sample, batch)} has {cols} columns, all to be matched, but only {rows} rows"
 
 
 def _warn_skipped(samples: Iterable[int], batch: torch.Size) -> None:
-    names = ", ".join(_name(sample, batch) for sample in samples)
+    names = ", ".join(sample_name(sample, batch) for sample in samples)
     if names:
         warnings.warn(
             f"`cost` is NaN or -inf, or leaves no assignment without +inf, in {names}: left unmatched, as "
@@ -342,7 +343,7 @@ def _with_scipy(
                 bad = np.isnan(problems[s]) | np.isneginf(problems[s])
                 what = "must not be NaN or -inf" if bad.any() else "leaves no assignment without +inf"
                 n, m = problems[s].shape
-                raise ValueError(f"`cost` {what}: {_name(s, batch)}, {n} rows, {m} columns") from None
+                raise ValueError(f"`cost` {what}: {sample_name(s, batch)}, {n} rows, {m} columns") from None
         return pairs
 
     if every_column:
@@ -382,7 +383,7 @@ def _checked(solver: Callable[[Tensor], Tensor], batch: torch.Size, skip: bool) 
         bad = (cost.isnan() | cost.isneginf()).flatten(1).any(1)
         if compiling or bool(bad.any()):
             if not skip:
-                raise ValueError(f"`cost` must not be NaN or -inf: {_name(int(bad.nonzero()[0]), batch)}")
+                raise ValueError(f"`cost` must not be NaN or -inf: {sample_name(int(bad.nonzero()[0]), batch)}")
             if not compiling:
                 _warn_skipped(bad.nonzero().flatten().tolist(), batch)
             return solver(cost.masked_fill(bad.view(-1, 1, 1), 0)).masked_fill(bad.view(-1, 1), -1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from setpred._checks import check_mask, check_shape, in_transform
 from setpred.functional._batching import in_front
 from setpred.functional._precision import common_dtype
-from setpred.functional.pairwise import Cost, check_cost, cost_of_all_pairs
+from setpred.functional.pairwise import Cost, by_name, check_cost, cost_of_all_pairs
 
 _TREE_NORM = {"mse": 2, "l1": 1}  # the costs that are monotone functions of a norm
 
@@ -56,7 +56,7 @@ def nearest_neighbours(
     check_mask("x_mask", x_mask, x.shape[:2])
     check_mask("y_mask", y_mask, y.shape[:2])
     dtype = common_dtype(x, y)
-    x, y = x.detach().to(dtype), y.detach().to(dtype)
+    x, y, cost = by_name(x.detach().to(dtype), y.detach().to(dtype), cost)
     x_mask, y_mask = (None if mask is None else mask.bool() for mask in (x_mask, y_mask))
     if callable(cost):
         with torch.no_grad():

@@ -174,6 +174,28 @@ def cross_entropy_cost(logits: Tensor, target: Tensor) -> Tensor:
     return -logits.log_softmax(-1) @ target.transpose(-1, -2)
 
 
+def euclidean_cost(x: Tensor, y: Tensor) -> Tensor:
+    r"""Euclidean distance, of which the gradient is 0 between equal elements.
+
+    .. math:: d(x, y) = \lVert x - y \rVert_2
+
+    Args:
+        x: Shape ``(B, N, C)``.
+        y: Shape ``(B, M, C)``.
+
+    Returns:
+        Shape ``(B, N, M)``.
+
+    Example:
+        >>> euclidean_cost(torch.zeros(1, 1, 2), torch.tensor([[[3.0, 4.0]]]))
+        tensor([[[5.]]])
+
+    Source: the distance of `torch.cdist`, without its rounding of matrix products.
+    """
+    distance: Tensor = torch.linalg.vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), dim=-1)
+    return distance
+
+
 @dataclass(frozen=True)
 class _OnChannels:
     """What :func:`on_channels` returns: a class, so that it can be pickled and compared."""
@@ -185,9 +207,11 @@ class _OnChannels:
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         check_shape("x", x, "B", "N", "C")
         check_shape("y", y, x.shape[0], "M", x.shape[2])
-        _seen(self.channels, x.shape[2])
-        index = self.channels if isinstance(self.channels, slice) else list(self.channels)
-        return self.weight * pairwise_cost(x[..., index], y[..., index], self.cost)
+        return self.weight * pairwise_cost(self.seen_of(x), self.seen_of(y), self.cost)
+
+    def seen_of(self, x: Tensor) -> Tensor:
+        _seen(self.channels, x.shape[-1])
+        return x[..., self.channels if isinstance(self.channels, slice) else list(self.channels)]
 
     def __repr__(self) -> str:
         return f"on_channels({self.cost!r}, {self.channels!r}, weight={self.weight!r})"
@@ -248,6 +272,13 @@ def channels_seen(cost: Cost, channels: int) -> frozenset[int]:
         given = _seen(cost.channels, channels)
         return frozenset(given[c] for c in channels_seen(cost.cost, len(given)))
     return frozenset(range(channels))
+
+
+def by_name(x: Tensor, y: Tensor, cost: Cost) -> tuple[Tensor, Tensor, Cost]:
+    """Sets and a cost that order pairs alike, by a name, of which more is known, where ``cost`` is one on channels."""
+    if isinstance(cost, _OnChannels) and cost.weight > 0:
+        return by_name(cost.seen_of(x), cost.seen_of(y), cost.cost)
+    return x, y, cost
 
 
 def on_channels(cost: Cost, channels: slice | Sequence[int], *, weight: float = 1.0) -> PairwiseCost:

@@ -2,6 +2,7 @@
 
 from setpred.losses.chamfer import ChamferLoss, chamfer_loss
 from setpred.losses.dspn import DSPNLoss
+from setpred.losses.earth_mover import earth_mover_distance
 from setpred.losses.hungarian import HungarianLoss, hungarian_loss
 from setpred.losses.representation import RepresentationLoss, representation_loss
 from setpred.losses.sinkhorn import SinkhornLoss, sinkhorn_loss
@@ -13,6 +14,7 @@ __all__ = [
     "chamfer_loss",
     "SinkhornLoss",
     "sinkhorn_loss",
+    "earth_mover_distance",
     "RepresentationLoss",
     "representation_loss",
     "DSPNLoss",

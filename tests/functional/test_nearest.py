@@ -8,7 +8,7 @@ from torch import Tensor
 
 from setpred.functional import nearest
 from setpred.functional.nearest import nearest_neighbours
-from setpred.functional.pairwise import pairwise_cost
+from setpred.functional.pairwise import on_channels, pairwise_cost
 
 KINDS = pytest.mark.parametrize("kind", ["huber", "mse", "l1"])
 TREES = pytest.mark.cpu_only("SciPy's trees")
@@ -87,3 +87,21 @@ def test_is_an_operator() -> None:
 def test_refuses(error: type[Exception], message: str, x: Tensor, y: Tensor, options: dict[str, object]) -> None:
     with pytest.raises(error, match=message):
         nearest_neighbours(x, y, **options)
+
+
+@pytest.mark.parametrize("size", [6, 700])
+def test_a_named_cost_on_some_channels_is_searched_by_name(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.rand(2, size, 5, dtype=torch.float64), torch.rand(2, size + 1, 5, dtype=torch.float64)
+    cost = on_channels(on_channels("mse", [0, 2], weight=2.0), slice(1, 4), weight=3.0)
+    expected = nearest_neighbours(x, y, lambda a, b: cost(a, b))  # nothing is known of that
+    for one, other in zip(nearest_neighbours(x, y, cost), expected, strict=True):
+        assert torch.equal(one, other)
+    farthest = on_channels("mse", [0], weight=-1.0)  # orders pairs the other way
+    expected = nearest_neighbours(x, y, lambda a, b: farthest(a, b))
+    for one, other in zip(nearest_neighbours(x, y, farthest), expected, strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="`channels` must be some of the 5 channels"):
+        nearest_neighbours(x, y, on_channels("mse", [5]))
+    monkeypatch.setattr(nearest, "_by_tiles", None)
+    if size == 700 and x.device.type == "cpu":
+        nearest_neighbours(x, y, cost)  # by trees
