@@ -373,3 +373,29 @@ def interpolated_area(ranked: Sequence[bool], targets: int) -> float:
     """Sum over recalls of the step in recall times the best precision from there on."""
     precision = [sum(ranked[: k + 1]) / (k + 1) for k in range(len(ranked))]
     return sum(max(precision[k:]) / targets for k in range(len(ranked)) if ranked[k])
+
+
+def kullback_leibler(p: Tensor, q: Tensor) -> Tensor:
+    """Divergence between two lists of masses, which need not sum to 1."""
+    return sum((x * (x / y).log() - x + y for x, y in zip(p, q, strict=True)), p.new_zeros(()))
+
+
+def entropic_transport(cost: Tensor, a: Tensor, b: Tensor, epsilon: float, rho: float | None) -> tuple[Tensor, Tensor]:
+    """Value and plan of one sample whose weights are positive, by maximising its dual in turns, to convergence."""
+    rows, cols = range(len(a)), range(len(b))
+    f, g = [cost.new_zeros(()) for _ in rows], [cost.new_zeros(()) for _ in cols]
+    factor = epsilon if rho is None else epsilon * rho / (epsilon + rho)
+    change, turns = math.inf, 0
+    while change > 1e-14 and turns < 3000:
+        before = f
+        f = [-factor * sum(b[j] * ((g[j] - cost[i, j]) / epsilon).exp() for j in cols).log() for i in rows]
+        g = [-factor * sum(a[i] * ((f[i] - cost[i, j]) / epsilon).exp() for i in rows).log() for j in cols]
+        moved = [float(x - y) for x, y in zip(f, before, strict=True)]
+        change, turns = (max(moved) - min(moved) if rho is None else max(map(abs, moved))), turns + 1
+    plan = torch.stack(
+        [torch.stack([a[i] * b[j] * ((f[i] + g[j] - cost[i, j]) / epsilon).exp() for j in cols]) for i in rows]
+    )
+    value = (plan * cost).sum() + epsilon * kullback_leibler(plan.flatten(), torch.outer(a, b).flatten())
+    if rho is not None:
+        value = value + rho * (kullback_leibler(plan.sum(1), a) + kullback_leibler(plan.sum(0), b))
+    return value, plan

@@ -159,6 +159,7 @@ CASES: dict[str, Case] = {
     "chamfer_loss": lambda: called(setpred.chamfer_loss, *sets()[:2]),
     "earth_mover_distance": lambda: called(setpred.earth_mover_distance, *sets()[:2]),
     "sinkhorn_loss": lambda: called(setpred.sinkhorn_loss, *sets()[:2], debias=False, iters=5),
+    "sinkhorn_loss, transport": lambda: called(setpred.sinkhorn_loss, *sets(), iters=5, return_transport=True),
     "RepresentationLoss": lambda: called(RepresentationLoss(), torch.rand(2, 8), torch.rand(2, 8)),
     "representation_loss": lambda: called(setpred.representation_loss, torch.rand(2, 8), torch.rand(2, 8), kind="mse"),
     "DSPNLoss": lambda: called(Outer(), torch.randn(2, 8), torch.rand(2, 5, 3), presence(2, 5)),
@@ -191,6 +192,14 @@ CASES: dict[str, Case] = {
     "exact_transport": lambda: called(functional.exact_transport, torch.rand(2, 5, 4), col_mask=presence(2, 4)),
     "entropic_transport": lambda: called(
         functional.entropic_transport, torch.rand(2, 5, 4), torch.full((2, 5), 0.2), torch.full((2, 4), 0.25), iters=5
+    ),
+    "entropic_transport, unbalanced": lambda: called(
+        functional.entropic_transport,
+        torch.rand(2, 5, 4),
+        torch.full((2, 5), 0.2),
+        torch.full((2, 4), 0.25),
+        rho=0.5,
+        tol=0.1,
     ),
     "descend": lambda: called(functional.descend, lambda y: y.square().sum(1), torch.rand(2, 3), steps=3, lr=0.1),
     "box_iou": lambda: called(metrics.box_iou, torch.rand(2, 5, 4), torch.rand(2, 3, 4)),

@@ -120,6 +120,10 @@ def of_losses() -> Iterator[tuple[str, Case]]:
             f"hungarian_loss:solver, {presence}",
             Case(lambda *a, p=presence: hungarian_loss(*a, presence=p, solver=plain_solver), sets),
         )
+    yield (
+        "sinkhorn_loss:transport",
+        Case(lambda *a: sinkhorn_loss(*a, presence="none", iters=9, rho=0.5, return_transport=True), sets),
+    )
     yield "hungarian_loss:matching", Case(lambda *a: hungarian_loss(*a, return_matching=True), sets)
     yield "hungarian_loss:single precision", Case(hungarian_loss, tuple(x.float() for x in sets[:3]))
     points = (normal(B, N, C), normal(B, M, C), bools(B, N), bools(B, M))
@@ -198,7 +202,14 @@ def of_functions() -> Iterator[tuple[str, Case]]:
     weights = (soft(B, N).softmax(-1), soft(B, M).softmax(-1))
     yield (
         "entropic_transport",
-        Case(lambda c, a, b: entropic_transport(c, a, b, epsilon=0.1, iters=8), (cost.square(), *weights), False),
+        Case(lambda c, a, b: entropic_transport(c, a, b, epsilon=0.1, iters=8), (cost.square(), *weights)),
+    )
+    yield (
+        "entropic_transport:unbalanced, tol",
+        Case(
+            lambda c, a, b: entropic_transport(c, a, b, epsilon=0.1, iters=90, tol=0.01, rho=0.5),
+            (cost.square(), *weights),
+        ),
     )
 
     def descent(y: Tensor, target: Tensor, differentiate: str = "unrolled", rule: StepRule | None = None) -> object:

@@ -1,22 +1,28 @@
-"""Entropic optimal transport between weighted point sets, in the log domain and in batches, without a graph."""
+"""Entropic optimal transport between weighted point sets, balanced or not, in batches."""
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from setpred._checks import check_count, check_finite, check_positive, check_shape
-from setpred.functional._precision import common_dtype
+from setpred.functional._batching import in_front
+from setpred.functional._precision import common_dtype, full_precision
 
 
 class Transport(NamedTuple):
-    """What :func:`entropic_transport` returns.
+    r"""What :func:`entropic_transport` returns. Only the value has a gradient.
 
     Attributes:
-        value: The transport cost with its entropy, shape ``(B,)``.
+        value: The transport cost with its penalties, shape ``(B,)``.
         plan: Mass that goes from each row to each column, shape ``(B, N, M)``.
-        row_potential: Derivative of the value by the rows' weights, up to a constant, shape ``(B, N)``.
-        col_potential: Derivative by the columns' weights, up to a constant, shape ``(B, M)``.
+        row_potential: Dual variables f of the rows, shape ``(B, N)``; without ``rho``, the derivative of the value by
+            the rows' weights, up to a constant.
+        col_potential: Dual variables g of the columns, shape ``(B, M)``.
+        error: How far the plan is from converged, shape ``(B,)``: by how much the sums of its rows differ, all
+            together, from what they would be, the weights a, or with ``rho`` :math:`a e^{-f / \rho}`.
 
     Example:
         >>> transport = entropic_transport(torch.zeros(1, 2, 3), torch.full((1, 2), 1 / 2), torch.full((1, 3), 1 / 3))
@@ -28,29 +34,59 @@ class Transport(NamedTuple):
     plan: Tensor
     row_potential: Tensor
     col_potential: Tensor
+    error: Tensor
+
+
+def check_transport(epsilon: float, iters: int, tol: float | None, rho: float | None) -> None:
+    """Check what :func:`entropic_transport` is configured with."""
+    check_positive("epsilon", epsilon)
+    check_finite("epsilon", epsilon)
+    check_count("iters", iters)
+    if tol is not None:
+        check_positive("tol", tol)
+    if rho is not None:
+        check_positive("rho", rho)
+        check_finite("rho", rho)
 
 
 def entropic_transport(
-    cost: Tensor, row_weight: Tensor, col_weight: Tensor, *, epsilon: float = 0.01, iters: int = 100
+    cost: Tensor,
+    row_weight: Tensor,
+    col_weight: Tensor,
+    *,
+    epsilon: float = 0.01,
+    iters: int = 100,
+    tol: float | None = None,
+    rho: float | None = None,
 ) -> Transport:
     r"""Transport the rows' weights onto the columns' at the least cost, smoothed by entropy.
 
     .. math::
         \operatorname{OT}_\epsilon(a, b) = \min_{\pi 1 = a,\ \pi^\top 1 = b}
-        \sum_{ij} \pi_{ij} \text{cost}_{ij} + \epsilon \sum_{ij} \pi_{ij} \log \frac{\pi_{ij}}{a_i b_j}
+        \sum_{ij} \pi_{ij} \text{cost}_{ij} + \epsilon \operatorname{KL}(\pi \,|\, a b^\top), \qquad
+        \operatorname{KL}(p \,|\, q) = \sum p \log \frac{p}{q} - p + q
 
-    by Sinkhorn's iterations on the potentials. Over the first half of them, epsilon falls geometrically from the
-    largest cost of the sample. Without a graph: the derivative by the cost is the plan. Computed in float32 at least.
+    ``rho`` makes it unbalanced: mass may also be destroyed and created, where to transport it would cost more. Instead
+    of the constraints, :math:`\rho \operatorname{KL}(\pi 1 | a) + \rho \operatorname{KL}(\pi^\top 1 | b)` is added.
+
+    Found by Sinkhorn's iterations; during the first of them, epsilon falls from the largest cost of the sample. The
+    value has the first derivatives that it has once converged, by the cost the plan. Computed in float32 at least.
+    ``torch.compile`` takes it as one operator.
 
     Args:
         cost: Shape ``(B, N, M)``; finite where both weights are positive.
-        row_weight: Weights a, at least 0 and of sum 1, shape ``(B, N)``. What has weight 0 does not exist.
+        row_weight: Weights a, at least 0 and, without ``rho``, of sum 1, shape ``(B, N)``. What has weight 0 does not
+            exist.
         col_weight: Weights b, shape ``(B, M)``.
         epsilon: Strength of the entropy, in units of the cost.
-        iters: Number of iterations. The smaller epsilon, the more are needed.
+        iters: Number of iterations, with ``tol`` the most there are. The smaller epsilon, the more are needed.
+        tol: If given, a sample is done once its ``error`` is at most this, and iterations end when all are. That is
+            looked at every 20 iterations or oftener, and waits for the device. Float32 may not reach less than some
+            1e-7 times the largest cost over epsilon.
+        rho: Price of a marginal that is not the weights, in units of the cost; None is infinity.
 
     Returns:
-        Value, plan and potentials.
+        Value, plan, potentials, and how far the plan is from converged.
 
     Raises:
         ValueError: If a shape is wrong or a number is out of its range.
@@ -63,36 +99,161 @@ def entropic_transport(
                  [1.0306e-09, 5.0000e-01]]])
 
     Source: Cuturi, Sinkhorn distances (NeurIPS 2013); Schmitzer, Stabilized sparse scaling algorithms for entropy
-    regularized transport problems (SIAM J. Sci. Comput. 2019), section 3.
+    regularized transport problems (SIAM J. Sci. Comput. 2019), section 3; with ``rho`` Chizat et al., Scaling
+    algorithms for unbalanced optimal transport problems (Math. Comp. 2018).
     """
     check_shape("cost", cost, "B", "N", "M")
     check_shape("row_weight", row_weight, *cost.shape[:2])
     check_shape("col_weight", col_weight, *cost.shape[::2])
-    check_positive("epsilon", epsilon)
-    check_finite("epsilon", epsilon)
-    check_count("iters", iters)
+    check_transport(epsilon, iters, tol, rho)
     dtype = common_dtype(cost, row_weight, col_weight)
+    cost, row_weight, col_weight = cost.to(dtype), row_weight.to(dtype), col_weight.to(dtype)
+    cost = cost.masked_fill((row_weight == 0).unsqueeze(2) | (col_weight == 0).unsqueeze(1), 0)
     # Detached, because forward-mode differentiation sees through no_grad.
-    cost, row_weight, col_weight = (x.detach().to(dtype) for x in (cost, row_weight, col_weight))
+    c, a, b = cost.detach(), row_weight.detach(), col_weight.detach()
     with torch.no_grad():
-        exists = (row_weight > 0).unsqueeze(2) & (col_weight > 0).unsqueeze(1)
-        cost = cost.masked_fill(~exists, 0)
-        log_rows, log_cols = row_weight.log(), col_weight.log()
-        # amax of an empty dimension is an error
-        largest = cost.abs().flatten(1).amax(1) if cost[0:1].numel() > 0 else cost.new_zeros(len(cost))
-        start = (largest / epsilon).clamp(min=1).log()
-        g = torch.zeros_like(col_weight)
-        f = torch.zeros_like(row_weight)
-        for step in range(iters):
-            remaining = max(1 - 2 * (step + 1) / iters, 0)
-            eps = (epsilon * (remaining * start).exp()).view(-1, 1)
-            f = _softmin(cost, g / eps + log_cols, eps, 2)
-            g = _softmin(cost, f / eps + log_rows, eps, 1)
-        value = (row_weight * f).sum(1) + (col_weight * g).sum(1)
-        log_plan = (f.unsqueeze(2) + g.unsqueeze(1) - cost) / epsilon + log_rows.unsqueeze(2) + log_cols.unsqueeze(1)
-        return Transport(value, log_plan.exp(), f, g)
+        # An operator of our own cannot be exported.
+        solve = _iterate if _exporting() else torch.ops.setpred.entropic_transport.default
+        plan, f, g = solve(c, a, b, epsilon, iters, tol, rho)
+        if rho is None:
+            wanted, by_a, by_b = a, f, g
+            value = (a * f).sum(1) + (b * g).sum(1)
+        else:
+            lost_a, lost_b = -torch.expm1(-f / rho), -torch.expm1(-g / rho)  # shares of the weights
+            mass_a, mass_b = a.sum(1, keepdim=True), b.sum(1, keepdim=True)
+            wanted = a * (1 - lost_a)
+            by_a = rho * lost_a - epsilon * (1 - lost_a - mass_b)
+            by_b = rho * lost_b - epsilon * (1 - lost_b - mass_a)
+            value = rho * ((a * lost_a).sum(1) + (b * lost_b).sum(1))
+            value = value - epsilon * (plan.sum((1, 2)) - (mass_a * mass_b).squeeze(1))
+        error = (plan.sum(2) - wanted).abs().sum(1)
+    derivative = (plan * cost).sum((1, 2)) + (by_a * row_weight).sum(1) + (by_b * col_weight).sum(1)
+    return Transport(value + (derivative - derivative.detach()), plan, f, g, error)
 
 
-def _softmin(cost: Tensor, weight: Tensor, eps: Tensor, dim: int) -> Tensor:
-    """Soft minimum over the rows (dim 1) or columns (dim 2) of the cost, with their log-weights."""
-    return -eps * torch.logsumexp(weight.unsqueeze(3 - dim) - cost / eps.unsqueeze(2), dim)
+def _exporting() -> bool:
+    """Say so of torch.export alone: PyTorch 2.7's torch.compile takes is_exporting() for true too."""
+    return torch.compiler._is_exporting_flag
+
+
+def _soft_min(
+    cost: Tensor, potential: Tensor, log_weight: Tensor, eps: Tensor, dim: int, kernel: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Soft minimum over the rows (dim 1) or columns (dim 2) of the cost less a potential, in the log domain.
+
+    Leaves the exponentials in ``kernel``, relative to the largest along the dimension; returns the logarithm of that
+    and their sum too.
+    """
+    least = 0.7 * math.log(torch.finfo(cost.dtype).tiny)
+    torch.mul(cost, -1 / eps.unsqueeze(2), out=kernel).add_((potential / eps + log_weight).unsqueeze(3 - dim))
+    top = kernel.amax(dim, keepdim=True)
+    # exp() of what underflows takes ten times as long on the CPU.
+    F.threshold(kernel.sub_(top).clamp_(min=least).exp_(), 2 * math.exp(least), 0.0, inplace=True)
+    top, total = top.squeeze(dim), kernel.sum(dim)
+    return -eps * (top + total.log()), top, total
+
+
+def _iterate(
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    epsilon: float,
+    iters: int,
+    tol: float | None,
+    rho: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Plan and potentials.
+
+    Each block of iterations begins with one in the log domain, which is stable for any epsilon and leaves a kernel
+    whose columns are relative to their largest entry; the others are products of it with vectors, ten times as fast.
+    Where they go beyond the numbers that there are, the next block sets that right. The last iteration is in the log
+    domain too.
+    """
+    f, g = torch.zeros_like(a), torch.zeros_like(b)
+    if cost.numel() == 0:
+        return cost.clone(), f, g
+    log_a, log_b = a.log(), b.log()
+    least = torch.finfo(cost.dtype).tiny ** 0.7
+    positive = a.clamp(min=least)
+    first = min(max(iters // 10, 1), 10)  # length of the blocks that lower epsilon
+    stages = min(iters // (2 * first), 16)  # how many there are
+    # Logarithm of what epsilon is multiplied by. Faster than by 4 a block it falls only if there are too few blocks.
+    excess = (cost.abs().amax((1, 2)) / epsilon).clamp(min=1).log().unsqueeze(1)
+    rate = (excess / max(stages, 1)).clamp(min=math.log(4))
+    kernel = torch.empty_like(cost)
+    done = torch.zeros_like(excess, dtype=torch.bool)
+
+    def damped(potential: Tensor, eps: Tensor) -> Tensor:
+        return potential if rho is None else potential * (rho / (rho + eps))
+
+    def centred(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Add to f and take from g what is best with rho; iterations alone come there slowly if rho is large."""
+        if rho is None:
+            return f, g
+        shift = (log_a - f / rho).logsumexp(1, keepdim=True) - (log_b - g / rho).logsumexp(1, keepdim=True)
+        return f + rho / 2 * shift, g - rho / 2 * shift
+
+    def scaling(ratio: Tensor, exponent: Tensor, eps: Tensor) -> Tensor:
+        """What brings sums to the weights, of which this is the ratio: exactly or, with rho, as far as that pays."""
+        if rho is None:
+            return ratio
+        return (damped(ratio.log(), eps) + exponent / (rho + eps)).clamp(-60, 60).exp()
+
+    with full_precision(cost.device):
+        index, left = 0, iters - 1
+        while left > 0:
+            length = min(left, first if index < stages else 20)
+            last, at_epsilon = centred(f, g), excess == 0
+            excess = (excess - rate).clamp(min=0)
+            eps = epsilon * excess.exp()
+            f, _, _ = _soft_min(cost, last[1], log_b, eps, 2, kernel)
+            if tol is not None and index > 0:
+                sums, wanted = ((last[0] - f) / eps).exp(), 1 if rho is None else (-last[0] / rho).exp()
+                done = done | (at_epsilon & ((a * (sums - wanted).abs()).sum(1, keepdim=True) <= tol))
+                if not _exporting() and bool(done.all()):
+                    f, g = last
+                    break
+            f = damped(f, eps)
+            g, top, total = _soft_min(cost, f, log_a, eps, 1, kernel)
+            u = None
+            for _ in range(length - 1):
+                v = b * scaling(1 / total, top * eps, eps)
+                u = scaling(positive / (v.unsqueeze(1) @ kernel.mT).squeeze(1).clamp(min=least), -f, eps)
+                total = (u.unsqueeze(1) @ kernel).squeeze(1).clamp(min=least)
+            if u is not None:
+                f, g = f + eps * u.log(), -eps * (top + total.log())
+            g = damped(g, eps)
+            if tol is not None:
+                f, g = torch.where(done, last[0], f), torch.where(done, last[1], g)
+            index, left = index + 1, left - length
+        eps = torch.full_like(excess, epsilon)
+        f, g = centred(f, g)
+        f = damped(_soft_min(cost, g, log_b, eps, 2, kernel)[0], eps)
+        g, top, total = _soft_min(cost, f, log_a, eps, 1, kernel)
+        return kernel.mul_((b * scaling(1 / total, top * eps, eps)).unsqueeze(1)), f, damped(g, eps)
+
+
+# An operator, so that torch.compile does not unroll the iterations.
+torch.library.define(
+    "setpred::entropic_transport",
+    "(Tensor cost, Tensor a, Tensor b, float epsilon, int iters, float? tol, float? rho) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl("setpred::entropic_transport", "CompositeExplicitAutograd")(_iterate)
+
+
+@torch.library.register_fake("setpred::entropic_transport")  # type: ignore[untyped-decorator]
+def _shapes(
+    cost: Tensor, a: Tensor, b: Tensor, epsilon: float, iters: int, tol: float | None, rho: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(cost), torch.empty_like(a), torch.empty_like(b)
+
+
+@torch.library.register_vmap("setpred::entropic_transport")  # type: ignore[untyped-decorator]
+def _iterate_all(
+    info: Any, in_dims: tuple[int | None, ...], cost: Tensor, a: Tensor, b: Tensor, *options: Any
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    batched = in_front(info, in_dims, cost, a, b)
+    sizes = batched[0].shape[:2]
+    found = torch.ops.setpred.entropic_transport.default(*(x.flatten(0, 1) for x in batched), *options)
+    return tuple(x.unflatten(0, sizes) for x in found), (0, 0, 0)

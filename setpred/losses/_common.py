@@ -1,6 +1,5 @@
 """What all set losses share: reduction, and the door through which their arguments come in."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import wraps
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -21,6 +20,7 @@ from setpred._checks import (
     check_tensor,
 )
 from setpred.functional._precision import common_dtype
+from setpred.functional._precision import full_precision as full_precision
 from setpred.functional.pairwise import Cost, channels_seen, check_cost, cost_of_pairs
 from setpred.scaler import StandardScaler, check_scaler, scaled
 
@@ -160,15 +160,6 @@ def with_options(loss: type[_Loss]) -> type[_Loss]:
 def scaler_repr(module: ScaledLoss) -> str:
     """Say which scaler there is, which is no submodule."""
     return "" if module.scaler is None else f", scaler={module.scaler}"
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Switch autocast off, so that a user's cost is not computed in half precision either."""
-    # A device without it, such as meta, may not even be asked; is_autocast_available() does not compile before 2.12.
-    has = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
-    if has and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def check_sees_mask(cost: Cost, channels: int) -> None:

@@ -1,14 +1,15 @@
 """Sinkhorn loss: optimal transport between two sets, smoothed so that no assignment is made."""
 
 from dataclasses import KW_ONLY
-from typing import Literal
+from typing import Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from setpred._checks import check_choice, check_count, check_finite, check_positive
+from setpred._checks import check_choice
 from setpred.functional.pairwise import Cost, check_cost, cost_of_all_pairs
-from setpred.functional.sinkhorn import entropic_transport
+from setpred.functional.sinkhorn import Transport, check_transport, entropic_transport
 from setpred.losses._common import (
     REDUCTIONS,
     Reduction,
@@ -28,6 +29,43 @@ from setpred.scaler import StandardScaler
 PRESENCES = ("feature", "none")
 
 
+class _Options(TypedDict, total=False):
+    """The options of :func:`sinkhorn_loss` for its overloads: what they have in common."""
+
+    cost: Cost
+    epsilon: float
+    iters: int
+    tol: float | None
+    rho: float | None
+    debias: bool
+    presence: Literal["feature", "none"]
+    reduction: Reduction
+
+
+@overload
+def sinkhorn_loss(
+    pred: Tensor,
+    target: Tensor,
+    pred_mask: Tensor | None = None,
+    target_mask: Tensor | None = None,
+    *,
+    return_transport: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+
+
+@overload
+def sinkhorn_loss(
+    pred: Tensor,
+    target: Tensor,
+    pred_mask: Tensor | None = None,
+    target_mask: Tensor | None = None,
+    *,
+    return_transport: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Tensor, Transport]: ...
+
+
 def sinkhorn_loss(
     pred: Tensor,
     target: Tensor,
@@ -37,10 +75,13 @@ def sinkhorn_loss(
     cost: Cost = "mse",
     epsilon: float = 0.01,
     iters: int = 100,
+    tol: float | None = None,
+    rho: float | None = None,
     debias: bool = True,
     presence: Literal["feature", "none"] = "feature",
     reduction: Reduction = "mean",
-) -> Tensor:
+    return_transport: bool = False,
+) -> Tensor | tuple[Tensor, Transport]:
     r"""Sinkhorn divergence between two sets.
 
     .. math::
@@ -68,14 +109,22 @@ def sinkhorn_loss(
         cost: Cost of a pair: ``"huber"``, ``"mse"``, ``"l1"``, or a callable ``(B, N, C), (B, M, C) -> (B, N, M)``; for
             the divergence it must be symmetric.
         epsilon: Strength of the entropy, in units of the cost.
-        iters: Number of Sinkhorn iterations; the smaller epsilon, the more are needed.
+        iters: Number of Sinkhorn iterations, with ``tol`` the most there are; the smaller epsilon, the more are needed.
+        tol: If given, iterations end once the plans are as near to converged as this; see
+            :func:`~setpred.functional.sinkhorn.entropic_transport`.
+        rho: If given, transport is unbalanced: an element may stay without a partner, in full or in part, at about this
+            price, in units of the cost, so that outliers do not draw others to them.
         debias: Whether to subtract the sets' transport onto themselves, without which a set is not at distance 0
             from itself.
         presence: ``"feature"`` or ``"none"``.
         reduction: ``"mean"`` or ``"sum"`` over sets, or ``"none"``: shape ``(B,)`` or ``(K, B)``.
+        return_transport: Whether to return the transport of the predictions onto the targets too.
 
     Returns:
-        The loss.
+        The loss and, if asked for, a :class:`~setpred.functional.sinkhorn.Transport` with shapes that begin with
+        ``(B,)`` or ``(K, B)``: the plan, ``(B, N, M)``, says how much of each prediction goes to each target, and
+        ``error`` whether the iterations were enough. With ``"feature"`` M is the number of rows that count, added ones
+        being last. It is 0 where one of the sets is empty.
 
     Raises:
         ValueError: If a shape is wrong, a number out of its range, a choice unknown, or ``cost`` is known to leave out
@@ -84,12 +133,17 @@ def sinkhorn_loss(
 
     Example:
         >>> x, y = torch.tensor([[[0.0], [1.0]]]), torch.tensor([[[1.0], [0.0]]])
-        >>> sinkhorn_loss(x, y).abs() < 1e-6
+        >>> loss, transport = sinkhorn_loss(x, y, return_transport=True)
+        >>> loss.abs() < 1e-6
         tensor(True)
+        >>> transport.plan.round(decimals=3)
+        tensor([[[0.0000, 0.5000],
+                 [0.5000, 0.0000]]])
 
-    Source: Feydy et al., Interpolating between optimal transport and MMD using Sinkhorn divergences (AISTATS 2019).
+    Source: Feydy et al., Interpolating between optimal transport and MMD using Sinkhorn divergences (AISTATS 2019);
+    with ``rho`` Sejourne et al., Sinkhorn divergences for unbalanced optimal transport (2019).
     """
-    _check_options(cost, epsilon, iters, debias, presence, reduction)
+    _check_options(cost, epsilon, iters, tol, rho, debias, presence, reduction)
     sets = enter(pred, target, pred_mask, target_mask, presence)
     pred, target, y_mask = sets.pred, sets.target, sets.present
     x_mask = None if sets.pred_mask is None else as_weight(sets.pred_mask)
@@ -99,27 +153,33 @@ def sinkhorn_loss(
         target, y_mask = fill_up(sets, sized=pred_mask is not None or target_mask is not None)
     if pred.shape[1] == 0 or target.shape[1] == 0:
         value = nothing(pred, target) if x_mask is None else nothing(pred, target, x_mask)
-        return reduce(value, reduction, sets.shape)
+        loss = reduce(value, reduction, sets.shape)
+        if not return_transport:
+            return loss
+        rows, cols = pred.new_zeros(pred.shape[:2]), pred.new_zeros(target.shape[:2])
+        none = Transport(value.detach(), rows.unsqueeze(2) * cols.unsqueeze(1), rows, cols, value.detach())
+        return loss, Transport(*(x.view(sets.shape + x.shape[1:]) for x in none))
     with full_precision(pred.device):
         if x_mask is not None:
             pred = pred.masked_fill((x_mask == 0).unsqueeze(-1), 0)
         x_weight, x_empty = _weights(pred, x_mask)
         y_weight, y_empty = _weights(target, y_mask)
 
-        def transport(x: Tensor, y: Tensor, x_weight: Tensor, y_weight: Tensor) -> Tensor:
+        def transport(x: Tensor, y: Tensor, x_weight: Tensor, y_weight: Tensor) -> Transport:
             costs = cost_of_all_pairs(x, y, cost)
-            found = entropic_transport(costs, x_weight, y_weight, epsilon=epsilon, iters=iters)
-            # The derivative is the plan by the costs, and the potentials by the weights.
-            derivative = (found.plan * costs).sum((1, 2))
-            derivative = derivative + (found.row_potential * x_weight).sum(1) + (found.col_potential * y_weight).sum(1)
-            return found.value + (derivative - derivative.detach())
+            return entropic_transport(costs, x_weight, y_weight, epsilon=epsilon, iters=iters, tol=tol, rho=rho)
 
-        value = transport(pred, target, x_weight, y_weight)
+        found, empty = transport(pred, target, x_weight, y_weight), x_empty | y_empty
+        value = found.value
         if debias:
-            own = transport(pred, pred, x_weight, x_weight) + transport(target, target, y_weight, y_weight)
+            own = transport(pred, pred, x_weight, x_weight).value + transport(target, target, y_weight, y_weight).value
             value = value - own / 2
-        value = keep_nan(value.masked_fill(x_empty | y_empty, 0), pred, target, x_weight)
-    return reduce(value, reduction, sets.shape)
+        value = keep_nan(value.masked_fill(empty, 0), pred, target, x_weight)
+    loss = reduce(value, reduction, sets.shape)
+    if not return_transport:
+        return loss
+    masked = (x.masked_fill(empty.view(-1, *[1] * (x.dim() - 1)), 0) for x in found)
+    return loss, Transport(*(x.view(sets.shape + x.shape[1:]) for x in masked))
 
 
 def _weights(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -130,11 +190,18 @@ def _weights(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.where(empty, 1 / max(x.shape[1], 1), weight / torch.where(empty, 1, total)), empty.squeeze(1)
 
 
-def _check_options(cost: object, epsilon: float, iters: int, debias: bool, presence: object, reduction: object) -> None:
+def _check_options(
+    cost: object,
+    epsilon: float,
+    iters: int,
+    tol: float | None,
+    rho: float | None,
+    debias: bool,
+    presence: object,
+    reduction: object,
+) -> None:
     check_cost("cost", cost)
-    check_positive("epsilon", epsilon)
-    check_finite("epsilon", epsilon)
-    check_count("iters", iters)
+    check_transport(epsilon, iters, tol, rho)
     check_choice("debias", debias, (True, False))
     check_choice("presence", presence, PRESENCES)
     check_choice("reduction", reduction, REDUCTIONS)
@@ -165,6 +232,8 @@ class SinkhornLoss(SetLoss):
     _: KW_ONLY
     epsilon: float = 0.01
     iters: int = 100
+    tol: float | None = None
+    rho: float | None = None
     debias: bool = True
     presence: Literal["feature", "none"] = "feature"
     reduction: Reduction = "mean"
@@ -173,9 +242,40 @@ class SinkhornLoss(SetLoss):
     def __post_init__(self) -> None:
         _check_options(**self.options)
 
+    @overload
     def forward(
-        self, pred: Tensor, target: Tensor, pred_mask: Tensor | None = None, target_mask: Tensor | None = None
-    ) -> Tensor:
+        self,
+        pred: Tensor,
+        target: Tensor,
+        pred_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+        *,
+        return_transport: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        pred_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+        *,
+        return_transport: Literal[True],
+    ) -> tuple[Tensor, Transport]: ...
+
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        pred_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+        *,
+        return_transport: bool = False,
+    ) -> Tensor | tuple[Tensor, Transport]:
         """See :func:`sinkhorn_loss`."""
         pred, target = self._scaled(pred, target)
-        return sinkhorn_loss(pred, target, pred_mask, target_mask, **self.options)
+        loss: Tensor | tuple[Tensor, Transport] = sinkhorn_loss(  # type: ignore[call-overload]
+            pred, target, pred_mask, target_mask, return_transport=return_transport, **self.options
+        )
+        return loss

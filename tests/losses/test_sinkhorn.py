@@ -157,6 +157,80 @@ def test_compiles_as_one_graph() -> None:
     torch.testing.assert_close(torch.autograd.grad(actual, inputs[::2]), wanted, **EXACT)
 
 
+@presence
+def test_transport_is_returned(presence: str) -> None:
+    pred, target, pred_mask, target_mask = random_sets(steps=2)
+    loss = SinkhornLoss(epsilon=0.3, iters=500, presence=presence, debias=False, reduction="none")
+    value, found = loss(pred, target, pred_mask, target_mask, return_transport=True)
+    assert torch.equal(value, loss(pred, target, pred_mask, target_mask))
+    assert torch.equal(value, found.value)
+    cols = 5 if presence == "feature" else 4
+    assert [x.shape for x in found] == [(2, 3), (2, 3, 5, cols), (2, 3, 5), (2, 3, cols), (2, 3)]
+    rows, columns = torch.full((2, 3, 5), 0.2, **DOUBLE), torch.full((2, 3, cols), 0.2, **DOUBLE)
+    if presence == "none":
+        rows = pred_mask / pred_mask.sum(2, keepdim=True)
+        columns = (target_mask.double() / target_mask.sum(1, keepdim=True)).expand(2, 3, 4)
+    torch.testing.assert_close(found.plan.sum(3), rows, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.plan.sum(2), columns, **EXACT)
+    assert (found.error < 1e-6).all()
+
+
+@presence
+def test_transport_of_an_empty_set_is_nothing(presence: str) -> None:
+    pred, target, pred_mask, target_mask = random_sets()
+    target_mask[0], target_mask[1] = False, True
+    value, found = sinkhorn_loss(
+        pred, target, pred_mask, target_mask, presence=presence, reduction="none", return_transport=True
+    )
+    assert bool(found.plan[0].any()) is (presence == "feature")  # there, it goes to absent elements
+    assert found.plan[1].any()
+    for n, m in ((0, 3), (4, 0), (0, 0)):
+        pred, target = torch.rand(2, 3, n, 2), torch.rand(3, m, 2)
+        value, found = sinkhorn_loss(pred, target, presence=presence, reduction="none", return_transport=True)
+        assert [x.shape for x in found] == [(2, 3), (2, 3, n, m), (2, 3, n), (2, 3, m), (2, 3)]
+        assert not value.any()
+        assert not any(x.any() for x in found)
+
+
+def test_tol_and_rho_reach_the_transport() -> None:
+    pred, target, *_ = random_sets()
+    loss = SinkhornLoss(epsilon=0.05, iters=10**9, tol=1e-4, presence="none")  # would take hours
+    value, found = loss(pred, target, return_transport=True)
+    assert (found.error <= 1e-4).all()
+    torch.testing.assert_close(
+        value, sinkhorn_loss(pred, target, epsilon=0.05, iters=2000, presence="none"), rtol=0, atol=1e-3
+    )
+    far = torch.cat([target, 1e3 + target[:, :1]], 1)
+    paid = sinkhorn_loss(pred, far, epsilon=0.05, rho=1.0, presence="none", reduction="none")
+    assert (paid < 5).all()
+    assert (sinkhorn_loss(pred, far, epsilon=0.05, presence="none", reduction="none") > 1e5).all()
+
+
+@presence
+def test_unbalanced_gradcheck(presence: str) -> None:
+    pred, target, pred_mask, target_mask = random_sets(3, 2)
+
+    def value(*inputs: Tensor) -> Tensor:
+        return sinkhorn_loss(*inputs, target_mask, epsilon=0.5, rho=0.7, iters=200, presence=presence, reduction="none")
+
+    assert devices.gradcheck(value, (pred, target.requires_grad_(), pred_mask))
+
+
+def test_unbalanced_divergence_agrees_with_geomloss() -> None:
+    geomloss = pytest.importorskip("geomloss")
+    pred, target = torch.rand(3, 7, 2, **DOUBLE, requires_grad=True), torch.rand(3, 9, 2, **DOUBLE)
+    reference = geomloss.SamplesLoss("sinkhorn", p=2, blur=0.5, reach=0.7, scaling=0.99, backend="tensorized")
+    half = lambda x, y: (x.unsqueeze(2) - y.unsqueeze(1)).square().sum(-1) / 2  # noqa: E731
+    values = [
+        reference(pred, target),
+        sinkhorn_loss(pred, target, cost=half, epsilon=0.25, rho=0.49, presence="none", reduction="none"),
+    ]
+    torch.testing.assert_close(*values, rtol=2e-3, atol=1e-5)
+    theirs, ours = (torch.autograd.grad(value.sum(), pred)[0] for value in values)
+    # It means to multiply its gradient by rho + epsilon, but PyTorch does not call a module's `backward`.
+    torch.testing.assert_close(theirs * (0.49 + 0.25) / (0.49 + 0.25 / 2), ours, rtol=1e-2, atol=1e-4)
+
+
 def test_module_and_refusals() -> None:
     loss = SinkhornLoss("l1", epsilon=0.1, iters=5, debias=False, presence="none", reduction="sum")
     inputs = random_sets()
@@ -172,6 +246,8 @@ def test_module_and_refusals() -> None:
         "`epsilon` must be finite, got inf": {"epsilon": torch.inf},
         "`debias` must be one of True, False, got 'no'": {"debias": "no"},
         "`iters` must be at least 1": {"iters": 0},
+        "`tol` must be positive, got 0.0": {"tol": 0.0},
+        "`rho` must be positive, got 0.0": {"rho": 0.0},
         "`cost` must be one of": {"cost": "l2"},
         "`reduction` must be one of": {"reduction": "max"},
     }.items():
