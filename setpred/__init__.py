@@ -18,6 +18,8 @@ from setpred.losses import (
     SinkhornLoss,
     chamfer_loss,
     hungarian_loss,
+    matched_cross_entropy,
+    matched_focal_loss,
     representation_loss,
     sinkhorn_loss,
 )
@@ -49,6 +51,8 @@ __all__ = [
     "chamfer_loss",
     "SinkhornLoss",
     "sinkhorn_loss",
+    "matched_cross_entropy",
+    "matched_focal_loss",
     "RepresentationLoss",
     "representation_loss",
     "DSPNLoss",

@@ -201,6 +201,8 @@ def things() -> Iterator[tuple[str, Case]]:
     )
 
     yield "on_channels", Case(on_channels("mse", range(2), weight=0.5), compare_all_pairs)
+    box = on_channels(partial(functional.box_cost, kind="diou", fmt="cxcywh"), slice(0, 4))
+    yield "on_channels:options", Case(box, compare_all_pairs)
     yield "sum_costs", Case(sum_costs("l1", on_channels(cross_entropy_cost, [0, -1])), compare_all_pairs)
 
     presets = {

@@ -93,6 +93,11 @@ def sets() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.rand(2, 5, 3), torch.rand(2, 4, 3), torch.rand(2, 5), presence(2, 4)
 
 
+def matched() -> tuple[Tensor, Tensor]:
+    """Classes of targets (3, 4), and matchings (2, 3, 5) with them."""
+    return torch.arange(12).view(3, 4) % 3, torch.arange(30).view(2, 3, 5) % 5 - 1
+
+
 class Outer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -182,6 +187,19 @@ CASES: dict[str, Case] = {
     "sum_costs": lambda: called(functional.sum_costs("huber", "l1"), *sets()[:2]),
     "on_channels": lambda: called(functional.on_channels("huber", [0, 2], weight=2.0), *sets()[:2]),
     "cross_entropy_cost": lambda: called(functional.cross_entropy_cost, *sets()[:2]),
+    **{
+        name: lambda name=name: called(getattr(functional, name), torch.randn(2, 5, 3), torch.eye(3).expand(2, 3, 3))
+        for name in ("probability_cost", "focal_cost")
+    },
+    "box_convert": lambda: called(functional.box_convert, torch.rand(2, 5, 4), "cxcywh", "xyxy"),
+    **{
+        name: lambda name=name: called(getattr(functional, name), torch.rand(2, 5, 4), torch.rand(2, 3, 4))
+        for name in ("box_iou", "generalized_box_iou", "distance_box_iou", "complete_box_iou", "box_cost")
+    },
+    **{
+        name: lambda name=name: called(getattr(setpred, name), torch.rand(2, 3, 5, 4), *matched())
+        for name in ("matched_cross_entropy", "matched_focal_loss")
+    },
     "linear_assignment": lambda: called(functional.linear_assignment, torch.rand(2, 5, 4), col_mask=presence(2, 4)),
     "matched_pairs": lambda: called(functional.matched_pairs, torch.arange(6).view(2, 3) % 4 - 1),
     "nearest_neighbours": lambda: called(functional.nearest_neighbours, *sets()[:2], y_mask=presence(2, 4)),
@@ -189,7 +207,6 @@ CASES: dict[str, Case] = {
         functional.entropic_transport, torch.rand(2, 5, 4), torch.full((2, 5), 0.2), torch.full((2, 4), 0.25), iters=5
     ),
     "descend": lambda: called(functional.descend, lambda y: y.square().sum(1), torch.rand(2, 3), steps=3, lr=0.1),
-    "box_iou": lambda: called(metrics.box_iou, torch.rand(2, 5, 4), torch.rand(2, 3, 4)),
     "attribute_distance": lambda: called(
         metrics.attribute_distance, torch.rand(2, 5, 7), torch.rand(2, 3, 7), coordinates=2, groups=(2, 3)
     ),

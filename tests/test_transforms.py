@@ -28,6 +28,8 @@ from setpred import (
     chamfer_loss,
     functional,
     hungarian_loss,
+    matched_cross_entropy,
+    matched_focal_loss,
     metrics,
     on_channels,
     pad_sets,
@@ -42,16 +44,18 @@ from setpred.functional import (
     cross_entropy_cost,
     descend,
     entropic_transport,
+    focal_cost,
     linear_assignment,
     matched_pairs,
     nearest_neighbours,
     paired_cost,
     pairwise_cost,
     piecewise_linear,
+    probability_cost,
     sort_pool,
     sort_unpool,
 )
-from setpred.metrics import AveragePrecision, attribute_distance, average_precision, box_iou
+from setpred.metrics import AveragePrecision, attribute_distance, average_precision
 from tests.rules import paper_decoder, recipe
 
 # One untrained decoder is called more than a hundred times.
@@ -118,6 +122,12 @@ def of_losses() -> Iterator[tuple[str, Case]]:
         )
     yield "hungarian_loss:matching", Case(lambda *a: hungarian_loss(*a, return_matching=True), sets)
     yield "hungarian_loss:single precision", Case(hungarian_loss, tuple(x.float() for x in sets[:3]))
+    classes, matching = torch.randint(C - 1, (V, B, M)), torch.randint(-1, M, (V, 2, B, N))
+    for loss, reduction in product((matched_cross_entropy, matched_focal_loss), ("mean", "none")):
+        yield (
+            f"{loss.__name__}:{reduction}",
+            Case(lambda *a, f=loss, r=reduction: f(*a, reduction=r), (normal(2, B, N, C), classes, matching)),
+        )
     for kind, reduction in product(("huber", "mse"), ("mean", "none")):
         yield (
             f"representation_loss:{kind}, {reduction}",
@@ -159,6 +169,8 @@ def of_functions() -> Iterator[tuple[str, Case]]:
         yield f"pairwise_cost:large, {cost}", Case(lambda x, y, c=cost: pairwise_cost(x, y, c), far, False)
         yield f"nearest_neighbours:large, {cost}", Case(lambda x, y, c=cost: nearest_neighbours(x, y, c), far, False)
     yield "cross_entropy_cost", Case(cross_entropy_cost, (x, y.softmax(-1)))
+    yield "probability_cost", Case(probability_cost, (x, y.softmax(-1)))
+    yield "focal_cost", Case(focal_cost, (x, y.softmax(-1)))
     yield "sum_costs", Case(sum_costs("mse", on_channels("l1", [0])), (x, y))
     cost = normal(B, N, M)
     yield (
@@ -201,7 +213,10 @@ def of_functions() -> Iterator[tuple[str, Case]]:
     yield "pad_sets", Case(lambda *sets: pad_sets(sets), (normal(2, C), normal(4, C), normal(0, C)))
     yield "pad_sets:size", Case(lambda *sets: pad_sets(sets, 7), (normal(2, C), normal(4, C)))
     boxes = torch.cat([soft(B, N, 2), 1 + soft(B, N, 2)], -1)
-    yield "box_iou", Case(box_iou, (boxes, boxes.flip(2)))
+    others = torch.cat([soft(B, M, 2), 1 + soft(B, M, 2)], -1)
+    yield "box_convert", Case(lambda x: functional.box_convert(x, "xyxy", "cxcywh"), (boxes,))
+    for name in ("box_iou", "generalized_box_iou", "distance_box_iou", "complete_box_iou", "box_cost"):
+        yield name, Case(getattr(functional, name), (boxes, others))
     yield (
         "attribute_distance",
         Case(

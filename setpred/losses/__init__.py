@@ -3,6 +3,7 @@
 from setpred.losses.chamfer import ChamferLoss, chamfer_loss
 from setpred.losses.dspn import DSPNLoss
 from setpred.losses.hungarian import HungarianLoss, hungarian_loss
+from setpred.losses.matched import matched_cross_entropy, matched_focal_loss
 from setpred.losses.representation import RepresentationLoss, representation_loss
 from setpred.losses.sinkhorn import SinkhornLoss, sinkhorn_loss
 
@@ -13,6 +14,8 @@ __all__ = [
     "chamfer_loss",
     "SinkhornLoss",
     "sinkhorn_loss",
+    "matched_cross_entropy",
+    "matched_focal_loss",
     "RepresentationLoss",
     "representation_loss",
     "DSPNLoss",

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from setpred._checks import (
     as_presence,
-    check_at_least,
     check_choice,
     check_count,
     check_positive,
@@ -20,6 +19,7 @@ from setpred._checks import (
     in_transform,
 )
 from setpred.functional._precision import common_dtype
+from setpred.functional.boxes import box_iou
 
 Rule = Callable[[Tensor, Tensor], Tensor]
 Matching = Literal["best", "best free", "best free, taken"]
@@ -30,39 +30,6 @@ AVERAGES = ("pooled", "sets")
 
 def _in_float32(x: Tensor) -> Tensor:
     return x.to(common_dtype(x))
-
-
-def box_iou(pred: Tensor, target: Tensor, *, pixel: float = 0.0) -> Tensor:
-    r"""Intersection over union of all pairs of boxes, a rule for :func:`average_precision`.
-
-    Args:
-        pred: Boxes as left, top, right, bottom, shape ``(B, N, 4)``.
-        target: Boxes, shape ``(B, M, 4)``.
-        pixel: Added to every width and height, of intersections too; 1 for boxes in whole pixels.
-
-    Returns:
-        Shape ``(B, N, M)``, in [0, 1]; 0 where boxes do not touch.
-
-    Raises:
-        ValueError: If a shape is wrong, or ``pixel`` is negative.
-        TypeError: If a dtype is not floating.
-
-    Example:
-        >>> a, b = torch.tensor([[[0.0, 0.0, 2.0, 2.0]]]), torch.tensor([[[1.0, 0.0, 3.0, 2.0]]])
-        >>> box_iou(a, b), box_iou(a, b, pixel=1.0)
-        (tensor([[[0.3333]]]), tensor([[[0.5000]]]))
-    """
-    check_shape("pred", pred, "B", "N", 4)
-    check_shape("target", target, pred.shape[0], "M", 4)
-    check_at_least("pixel", pixel, 0)
-    pred, target = _in_float32(pred), _in_float32(target)
-    a, b = pred.unsqueeze(2), target.unsqueeze(1)
-    shared = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
-    touching = (shared >= 0).all(-1)
-    overlap = (shared + pixel).prod(-1).where(touching, 0)
-    areas = [(side[..., 2:] - side[..., :2]).clamp(min=0).add(pixel).prod(-1) for side in (a, b)]
-    union = areas[0] + areas[1] - overlap
-    return overlap / union.where(union > 0, 1)
 
 
 def attribute_distance(
