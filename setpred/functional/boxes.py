@@ -82,8 +82,8 @@ def _hull(a: Edges, b: Edges) -> tuple[Tensor, Tensor]:
 
 
 def _divided(x: Tensor, y: Tensor) -> Tensor:
-    """Divide x by y, and by 1 where y is 0; NaN stays."""
-    return x / y.where(y != 0, 1)
+    """Divide x by y, and by 1 where y is 0, or so small that 1 / y would not be finite; NaN stays."""
+    return x / y.masked_fill(y < torch.finfo(y.dtype).tiny, 1)
 
 
 def _iou_and_union(a: Edges, b: Edges, pixel: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -224,7 +224,8 @@ def complete_box_iou(x: Tensor, y: Tensor) -> Tensor:
 
 def _angle(width: Tensor, height: Tensor) -> Tensor:
     """Arctangent of width / height, of a point that of 0 / 1."""
-    return torch.atan2(width, height.where((width != 0) | (height != 0), 1))
+    size = width.square() + height.square()
+    return torch.atan2(width, height.masked_fill(size < torch.finfo(size.dtype).tiny, 1))
 
 
 KINDS = {

@@ -121,7 +121,16 @@ def test_gradients(kind: str) -> None:
 
 POINT, LINE, UNIT, FAR = [0.5, 0.5, 0.5, 0.5], [0.2, 0.5, 0.8, 0.5], [0.0, 0.0, 1.0, 1.0], [5.0, 5.0, 6.0, 6.0]
 INVERTED = [0.8, 0.9, 0.2, 0.1]
-DEGENERATE = [[0.0] * 4, POINT, LINE, LINE[1::-1] + LINE[:1:-1], UNIT, FAR, INVERTED, [1e-30] * 2 + [2e-30] * 2]
+DEGENERATE = [
+    [0.0] * 4,
+    POINT,
+    LINE,
+    LINE[1::-1] + LINE[:1:-1],
+    UNIT,
+    FAR,
+    INVERTED,
+    *([s] * 2 + [2 * s] * 2 for s in (1e-18, 1e-20, 1e-30)),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -172,9 +181,10 @@ def test_low_precision_is_computed_in_float32(kind: str) -> None:
 def test_compiles_whole(kind: str) -> None:
     x, y = random_boxes(2, 5).requires_grad_(), random_boxes(2, 3)
     mask = torch.tensor([[True, False, True], [False, False, False]])
+    cost = on_channels(partial(box_cost, kind=kind, fmt="cxcywh"), slice(0, 4))
 
     def loss(x: Tensor) -> Tensor:
-        return pairwise_cost(x, y, on_channels(partial(box_cost, kind=kind, fmt="cxcywh"), slice(0, 4))).sum()
+        return pairwise_cost(x, y, cost).sum()
 
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
