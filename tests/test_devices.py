@@ -123,6 +123,16 @@ def measured(make: Callable[[], metrics.AveragePrecision], channels: int) -> Cal
     return called(run, torch.cat([target, target], 1), torch.rand(2, 8), target, presence(2, 4))
 
 
+def of_coco() -> Call:
+    def run(boxes: Tensor, score: Tensor, classes: Tensor) -> Tensor:
+        metric = metrics.CocoAveragePrecision()
+        metric.update(boxes, score, classes, boxes, classes)
+        return torch.tensor(list(metric.compute().values()), dtype=torch.float64, device=boxes.device)
+
+    classes = presence(2, 4).long()
+    return called(run, torch.rand(2, 4, 4), torch.rand(2, 4), classes)
+
+
 # By public name, and what is particular to the case after a comma.
 CASES: dict[str, Case] = {
     "StandardScaler": lambda: called(StandardScaler(3), torch.rand(2, 5, 3), presence(2, 5)),
@@ -210,9 +220,15 @@ CASES: dict[str, Case] = {
     "attribute_distance": lambda: called(
         metrics.attribute_distance, torch.rand(2, 5, 7), torch.rand(2, 3, 7), coordinates=2, groups=(2, 3)
     ),
+    "keypoint_similarity": lambda: called(
+        metrics.keypoint_similarity, torch.rand(2, 5, 7), torch.rand(2, 3, 7), sigmas=(0.1, 0.2)
+    ),
+    "cardinality_error": lambda: called(metrics.cardinality_error, torch.rand(2, 5), presence(2, 4)),
+    "matching_accuracy": lambda: called(metrics.matching_accuracy, torch.rand(2, 3, 5, 4), *matched()),
     "average_precision": lambda: called(
         metrics.average_precision, torch.rand(2, 5, 4), torch.rand(2, 5), torch.rand(2, 3, 4), recall_points=11
     ),
+    "CocoAveragePrecision": of_coco,
     "AveragePrecision, boxes": lambda: measured(metrics.AveragePrecision.dspn_boxes, 4),
     "AveragePrecision, state": lambda: measured(metrics.AveragePrecision.dspn_state, 18),
     "AveragePrecision, idspn": lambda: measured(metrics.AveragePrecision.idspn_state, 18),
@@ -227,6 +243,7 @@ NEED_VALUES = (
     "unpad_sets",
     "average_precision",
     "AveragePrecision",
+    "CocoAveragePrecision",
 )
 WITHOUT_VALUES = pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(NEED_VALUES)])
 
