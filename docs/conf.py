@@ -12,6 +12,7 @@ from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.pycode import ModuleAnalyzer
 
 import setpred
 
@@ -59,6 +60,8 @@ autosummary_generate = True
 autodoc_typehints_format = "short"
 autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
+# Of an overloaded function, the one signature that lists every argument.
+ModuleAnalyzer.overloads = property(lambda self: {}, lambda self, found: None)
 python_maximum_signature_line_length = 90
 python_use_unqualified_type_names = True
 napoleon_use_ivar = True

@@ -45,6 +45,14 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"`{name}` must have a floating dtype, got {_described(value)}")
 
 
+def check_real_tensor(name: str, value: object) -> None:
+    """Raise unless ``value`` is a tensor of a floating or an integer dtype."""
+    if isinstance(value, Tensor) and (value.dtype == torch.bool or value.is_complex()):
+        raise TypeError(f"`{name}` must have a floating or integer dtype, got {_described(value)}")
+    if not isinstance(value, Tensor) or value.is_floating_point():
+        check_tensor(name, value)
+
+
 def check_shape(name: str, value: Tensor, *shape: int | str) -> None:
     """Raise unless ``value`` is a floating tensor of ``shape``: ints are exact sizes, strings are free ones."""
     check_tensor(name, value)

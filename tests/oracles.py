@@ -247,6 +247,8 @@ def hungarian_loss(
     pred: Tensor, target: Tensor, pred_mask: Tensor, target_mask: Tensor, kind: str, presence: str, weight: float = 1.0
 ) -> Tensor:
     """Hungarian loss of one set, by brute force; ``target`` has no more rows than ``pred``."""
+    if presence == "logits":
+        pred_mask, presence = pred_mask.sigmoid(), "bce"
     n = len(pred)
     if presence == "feature":
         left = [torch.cat([x, m.view(1)]) for x, m in zip(pred, pred_mask, strict=True)]
@@ -266,6 +268,8 @@ def chamfer_loss(
     pred: Tensor, target: Tensor, pred_mask: Tensor, target_mask: Tensor, kind: str, presence: str, weight: float = 1.0
 ) -> Tensor:
     """Chamfer loss of one set."""
+    if presence == "logits":
+        pred_mask, presence = pred_mask.sigmoid(), "bce"
     if presence == "feature":
         left = {i: torch.cat([pred[i], pred_mask[i].view(1)]) for i in range(len(pred))}
         right = [torch.cat([y * m, m.view(1)]) for y, m in zip(target, target_mask, strict=True)]

@@ -1,6 +1,7 @@
 """The public names: they are there, documented, and called as users rely on."""
 
 import inspect
+import re
 from types import ModuleType
 
 import pytest
@@ -135,16 +136,33 @@ def test_is_documented(module: ModuleType, name: str) -> None:
         assert "Source:" in document, "where the formula comes from"
 
 
-@pytest.mark.parametrize("name", [n for n in setpred.__all__ if hasattr(getattr(setpred, n), "forward")])
-def test_arguments_are_documented(name: str) -> None:
-    """Every argument of constructors and `forward` is named in the section `Args`, and no other is."""
-    value = getattr(setpred, name)
-    for function, document in ((value.__init__, inspect.getdoc(value)), (value.forward, inspect.getdoc(value.forward))):
-        if document.startswith("See "):  # a module over a function documents itself there
-            continue
-        arguments = [n for n, p in inspect.signature(function).parameters.items() if n != "self"]
-        section = document.split("Args:\n")[1].split("\n\n")[0]
-        documented = [
-            line.strip().split(":")[0] for line in section.splitlines() if line.startswith("    ") and line[4] != " "
-        ]
-        assert documented == arguments
+def documented(value: object) -> list[str]:
+    """Names in the section `Args`."""
+    _, _, rest = (inspect.getdoc(value) or "").partition("Args:\n")
+    lines = rest.split("\n\n")[0].splitlines()
+    return [line.strip().split(":")[0] for line in lines if line.startswith("    ") and line[4] != " "]
+
+
+def arguments(value: object) -> list[str]:
+    return [name for name in inspect.signature(value).parameters if name != "self"]
+
+
+@EVERY_NAME
+def test_arguments_are_documented(module: ModuleType, name: str) -> None:
+    """Every argument of functions, constructors and `forward` is named in the section `Args`, and no other is.
+
+    A module over a function need not say again what the function says of its options.
+    """
+    value = getattr(module, name)
+    if inspect.isfunction(value):
+        assert documented(value) in (arguments(value), [])
+    if not hasattr(value, "forward"):
+        return
+    document, of_function = inspect.getdoc(value), []
+    if over := re.match(r"Module form of :func:`(\w+)`", document):
+        of_function = documented(getattr(setpred, over[1]))
+        assert of_function
+    own = documented(value)
+    assert own == [n for n in arguments(value.__init__) if n in own or n not in of_function]
+    if not inspect.getdoc(value.forward).startswith("See "):  # a module over a function documents itself there
+        assert documented(value.forward) == arguments(value.forward)

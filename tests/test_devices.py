@@ -164,7 +164,7 @@ CASES: dict[str, Case] = {
     **{
         f"{name}, {kind}": lambda loss=loss, kind=kind: called(loss(presence=kind), *sets())
         for name, loss in {"HungarianLoss": HungarianLoss, "ChamferLoss": ChamferLoss}.items()
-        for kind in ("feature", "bce", "none")
+        for kind in ("feature", "bce", "logits", "none")
     },
     **{
         f"SinkhornLoss, {kind}": lambda kind=kind: called(SinkhornLoss(iters=5, presence=kind), *sets())
@@ -211,6 +211,7 @@ CASES: dict[str, Case] = {
         for name in ("matched_cross_entropy", "matched_focal_loss")
     },
     "linear_assignment": lambda: called(functional.linear_assignment, torch.rand(2, 5, 4), col_mask=presence(2, 4)),
+    "matched_indices": lambda: called(functional.matched_indices, torch.arange(6).view(2, 3) % 4 - 1),
     "matched_pairs": lambda: called(functional.matched_pairs, torch.arange(6).view(2, 3) % 4 - 1),
     "nearest_neighbours": lambda: called(functional.nearest_neighbours, *sets()[:2], y_mask=presence(2, 4)),
     "entropic_transport": lambda: called(

@@ -46,6 +46,7 @@ from setpred.functional import (
     entropic_transport,
     focal_cost,
     linear_assignment,
+    matched_indices,
     matched_pairs,
     nearest_neighbours,
     paired_cost,
@@ -101,7 +102,7 @@ def of_losses() -> Iterator[tuple[str, Case]]:
     losses = {"hungarian_loss": hungarian_loss, "chamfer_loss": chamfer_loss, "sinkhorn_loss": sinkhorn_loss}
     for (name, loss), cost in product(losses.items(), ("huber", "mse", "l1", composed)):
         options = {"iters": 8, "epsilon": 0.1} if name == "sinkhorn_loss" else {}
-        for presence in ("feature", "none") if name == "sinkhorn_loss" else ("feature", "bce", "none"):
+        for presence in ("feature", "none") if name == "sinkhorn_loss" else ("feature", "bce", "logits", "none"):
 
             def call(*args: Tensor, loss: Callable = loss, **options: object) -> object:
                 return loss(*args, **options)
@@ -185,6 +186,11 @@ def of_functions() -> Iterator[tuple[str, Case]]:
             False,
         ),
     )
+    yield (
+        "linear_assignment:options",
+        Case(lambda c: linear_assignment(c, maximize=True, rows_per_column=2), (cost,), False),
+    )
+    yield "matched_indices", Case(lambda c: matched_indices(linear_assignment(c)), (cost,), False)
     yield "linear_assignment:leading dimensions", Case(linear_assignment, (normal(2, B, N, M),), False)
     weights = (soft(B, N).softmax(-1), soft(B, M).softmax(-1))
     yield (

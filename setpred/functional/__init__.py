@@ -1,7 +1,7 @@
 """The numeric core: pure tensor functions, no modules."""
 
 from setpred.functional.argsort import argsort_descending
-from setpred.functional.assignment import linear_assignment, matched_pairs
+from setpred.functional.assignment import linear_assignment, matched_indices, matched_pairs
 from setpred.functional.boxes import (
     box_convert,
     box_cost,
@@ -38,6 +38,7 @@ __all__ = [
     "box_cost",
     "linear_assignment",
     "matched_pairs",
+    "matched_indices",
     "nearest_neighbours",
     "Transport",
     "entropic_transport",

@@ -2,7 +2,8 @@
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, Literal
@@ -13,29 +14,42 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from setpred._checks import check_choice, check_mask, check_tensor, explained, in_transform
+from setpred._checks import check_choice, check_count, check_mask, check_real_tensor, explained, in_transform
 from setpred.functional._batching import in_front
 from setpred.functional._precision import common_dtype
 
 Solver = Literal["auto", "scipy", "cuda"] | Callable[[Tensor], Tensor]
 SOLVERS = ("auto", "scipy", "cuda")
+NonFinite = Literal["raise", "skip"]
 _Indices = NDArray[np.int64]
 
 
 def linear_assignment(
-    cost: Tensor, *, row_mask: Tensor | None = None, col_mask: Tensor | None = None, solver: Solver = "auto"
+    cost: Tensor,
+    *,
+    row_mask: Tensor | None = None,
+    col_mask: Tensor | None = None,
+    maximize: bool = False,
+    rows_per_column: int = 1,
+    nonfinite: NonFinite = "raise",
+    solver: Solver = "auto",
 ) -> Tensor:
     r"""Assign rows to columns at the least total cost, each sample of a batch for itself.
 
     .. math:: \min_{p} \sum_i \text{cost}_{i, p(i)}, \quad p \text{ injective}
 
     With n rows and m columns present, ``min(n, m)`` pairs are matched: what is left over on the larger side stays
-    unmatched. A cost of +inf forbids its pair. Costs in half precision are solved in float32; no gradient flows.
+    unmatched. A cost of +inf forbids its pair. Costs in half precision are solved in float32, integers in float64; no
+    gradient flows.
 
     Args:
-        cost: Shape ``(B, N, M)``; more leading dimensions are more samples.
+        cost: Floating or integer, shape ``(B, N, M)``; more leading dimensions are more samples.
         row_mask: Which rows exist, bool or float {0, 1}, shape ``(B, N)``. Costs of others are never looked at.
         col_mask: Which columns exist, shape ``(B, M)``.
+        maximize: Whether to match at the greatest total instead, as of scores. Then -inf forbids a pair.
+        rows_per_column: How many rows each column may be matched to, k: ``min(n, k m)`` pairs.
+        nonfinite: What becomes of a sample with NaN or -inf among its costs, or without an assignment that avoids
+            +inf: ``"raise"`` an error, or ``"skip"`` it: all its rows are -1, and a RuntimeWarning names it.
         solver: Who solves:
 
             - ``"scipy"``: ``scipy.optimize.linear_sum_assignment`` on the CPU, after one copy from the device;
@@ -49,8 +63,8 @@ def linear_assignment(
 
     Raises:
         ValueError: If a cost between present rows and columns is NaN or -inf, or forbidden pairs leave no
-            assignment (both name the sample), or a shape is wrong.
-        TypeError: If a dtype is wrong.
+            assignment (both name the sample), a shape is wrong, or ``rows_per_column`` is less than 1.
+        TypeError: If a dtype is wrong, or ``rows_per_column`` is no integer.
         ModuleNotFoundError: If ``solver="cuda"`` and its package is missing.
 
     Example:
@@ -59,10 +73,17 @@ def linear_assignment(
         tensor([[1, 0]])
         >>> linear_assignment(cost, col_mask=torch.tensor([[True, False, False]]))
         tensor([[-1,  0]])
+        >>> linear_assignment(cost, maximize=True)
+        tensor([[0, 2]])
 
     Source: Kuhn, The Hungarian method (1955); the paper's equation 2.
     """
-    return assign(cost, row_mask, col_mask, solver)
+    check_choice("maximize", maximize, (False, True))
+    check_count("rows_per_column", rows_per_column)
+    check_choice("nonfinite", nonfinite, ("raise", "skip"))
+    return assign(
+        cost, row_mask, col_mask, solver, maximize=maximize, rows_per_column=rows_per_column, nonfinite=nonfinite
+    )
 
 
 def assign(
@@ -72,22 +93,32 @@ def assign(
     solver: Solver = "auto",
     *,
     every_column: bool = False,
+    maximize: bool = False,
+    rows_per_column: int = 1,
+    nonfinite: NonFinite = "raise",
 ) -> Tensor:
-    """:func:`linear_assignment`; with ``every_column``, more columns than rows present are an error too."""
-    check_tensor("cost", cost)
+    """:func:`linear_assignment` of checked options; with ``every_column``, more columns than rows are an error too."""
+    check_real_tensor("cost", cost)
     if cost.dim() < 3:
         raise ValueError(f"`cost` must have shape (B, N, M), got shape {tuple(cost.shape)}")
     check_mask("row_mask", row_mask, cost.shape[:-1])
     check_mask("col_mask", col_mask, (*cost.shape[:-2], cost.shape[-1]))
-    cost = cost.detach().to(common_dtype(cost))
+    cost = cost.detach().to(common_dtype(cost) if cost.is_floating_point() else torch.float64)
     row_mask, col_mask = (None if mask is None else mask.bool() for mask in (row_mask, col_mask))
+    cols = cost.shape[-1]
+    if maximize:
+        cost = -cost
+    if rows_per_column > 1:
+        cost = torch.cat([cost] * rows_per_column, -1)
+        col_mask = None if col_mask is None else torch.cat([col_mask] * rows_per_column, -1)
     if callable(solver):
         call = _CallSolver.apply if in_transform() else _call_solver
-        return call(cost, row_mask, col_mask, solver, every_column)
-    assigned: Tensor = torch.ops.setpred.linear_assignment.default(
-        cost, row_mask, col_mask, choose_solver(cost.device, solver), every_column
-    )
-    return assigned
+        assigned: Tensor = call(cost, row_mask, col_mask, solver, every_column, nonfinite == "skip")
+    else:
+        assigned = torch.ops.setpred.linear_assignment.default(
+            cost, row_mask, col_mask, choose_solver(cost.device, solver), every_column, nonfinite == "skip"
+        )
+    return assigned if rows_per_column == 1 else assigned.where(assigned < 0, assigned % max(cols, 1))
 
 
 def check_solver(solver: object) -> None:
@@ -116,11 +147,45 @@ def matched_pairs(assignment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         >>> sample.tolist(), row.tolist(), column.tolist()
         ([0, 0, 1], [0, 2, 2], [2, 0, 1])
     """
-    if assignment.dim() != 2:
-        raise ValueError(f"`assignment` must have shape (B, N), got shape {tuple(assignment.shape)}")
+    _check_assignment(assignment)
     with explained("matched_pairs", "how many pairs there are depends on values"):
         sample, row = (assignment >= 0).nonzero(as_tuple=True)
     return sample, row, assignment[sample, row]
+
+
+def matched_indices(assignment: Tensor) -> tuple[Tensor, Tensor]:
+    """Index the matched pairs of each sample: ``pred[b, row[b, k]]`` belongs to ``target[b, column[b, k]]``.
+
+    Unlike :func:`matched_pairs`, it does not wait for the device, and it compiles: each sample has N places for its
+    pairs, of which those left over are -1. With M columns, at most ``min(N, M)`` are used: cut the rest off by slicing.
+
+    Args:
+        assignment: As :func:`linear_assignment` returns it, shape ``(B, N)``.
+
+    Returns:
+        Row and column of each pair, int64, each of shape ``(B, N)``, by row; -1 after the last pair.
+
+    Raises:
+        ValueError: If the shape is wrong.
+
+    Example:
+        >>> row, column = matched_indices(torch.tensor([[2, -1, 0], [-1, -1, 1]]))
+        >>> row
+        tensor([[ 0,  2, -1],
+                [ 2, -1, -1]])
+        >>> column
+        tensor([[ 2,  0, -1],
+                [ 1, -1, -1]])
+    """
+    _check_assignment(assignment)
+    unmatched = assignment < 0
+    row = unmatched.to(torch.uint8).argsort(dim=-1, stable=True)
+    return row.masked_fill(unmatched.gather(1, row), -1), assignment.gather(1, row)
+
+
+def _check_assignment(assignment: Tensor) -> None:
+    if assignment.dim() != 2:
+        raise ValueError(f"`assignment` must have shape (B, N), got shape {tuple(assignment.shape)}")
 
 
 @lru_cache(maxsize=1)
@@ -141,21 +206,28 @@ def choose_solver(device: torch.device, solver: Literal["auto", "scipy", "cuda"]
     return solver
 
 
-def _solve(cost: Tensor, row_mask: Tensor | None, col_mask: Tensor | None, solver: str, every_column: bool) -> Tensor:
+def _solve(
+    cost: Tensor,
+    row_mask: Tensor | None,
+    col_mask: Tensor | None,
+    solver: str,
+    every_column: bool,
+    skip: bool = False,
+) -> Tensor:
     if solver == "scipy":
-        return _with_scipy(cost, row_mask, col_mask, every_column)
+        return _with_scipy(cost, row_mask, col_mask, every_column, skip)
     package = importlib.import_module("torch_linear_assignment")
     try:
         return _with_plain_solver(package.batch_linear_assignment, cost, row_mask, col_mask, every_column)
-    except ValueError:  # some sample's costs are wrong: SciPy's way says whose
-        return _with_scipy(cost, row_mask, col_mask, every_column)
+    except ValueError:  # some sample's costs are wrong: SciPy's way says whose, or skips it
+        return _with_scipy(cost, row_mask, col_mask, every_column, skip)
 
 
 # An operator, so that torch.compile need not look inside. Defined at this level because a call through
 # torch.library.custom_op takes as long as solving ten problems of size 10.
 torch.library.define(
     "setpred::linear_assignment",
-    "(Tensor cost, Tensor? row_mask, Tensor? col_mask, str solver, bool every_column) -> Tensor",
+    "(Tensor cost, Tensor? row_mask, Tensor? col_mask, str solver, bool every_column, bool skip=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.impl("setpred::linear_assignment", "CompositeExplicitAutograd")(_solve)
@@ -163,7 +235,12 @@ torch.library.impl("setpred::linear_assignment", "CompositeExplicitAutograd")(_s
 
 @torch.library.register_fake("setpred::linear_assignment")  # type: ignore[untyped-decorator]
 def _solved_shape(
-    cost: Tensor, row_mask: Tensor | None, col_mask: Tensor | None, solver: str, every_column: bool
+    cost: Tensor,
+    row_mask: Tensor | None,
+    col_mask: Tensor | None,
+    solver: str,
+    every_column: bool,
+    skip: bool = False,
 ) -> Tensor:
     return cost.new_empty(cost.shape[:-1], dtype=torch.int64)
 
@@ -177,10 +254,11 @@ def _solve_all(
     col_mask: Tensor | None,
     solver: str,
     every_column: bool,
+    skip: bool = False,
 ) -> tuple[Tensor, int]:
     """One more leading dimension is more samples, which an error names by their place in it too."""
     batched = in_front(info, in_dims, cost, row_mask, col_mask)
-    return torch.ops.setpred.linear_assignment.default(*batched, solver, every_column), 0
+    return torch.ops.setpred.linear_assignment.default(*batched, solver, every_column, skip), 0
 
 
 def _name(sample: int, batch: torch.Size) -> str:
@@ -190,6 +268,17 @@ def _name(sample: int, batch: torch.Size) -> str:
 
 def _too_many(sample: int, batch: torch.Size, rows: int, cols: int) -> str:
     return f"{_name(sample, batch)} has {cols} columns, all to be matched, but only {rows} rows"
+
+
+def _warn_skipped(samples: Iterable[int], batch: torch.Size) -> None:
+    names = ", ".join(_name(sample, batch) for sample in samples)
+    if names:
+        warnings.warn(
+            f"`cost` is NaN or -inf, or leaves no assignment without +inf, in {names}: left unmatched, as "
+            "nonfinite='skip' says",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _to_host(cost: Tensor, *masks: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
@@ -218,7 +307,9 @@ def _threads(samples: int, rows: int, cols: int) -> int:
     return min(samples, torch.get_num_threads()) if work > 20_000_000 else 1
 
 
-def _with_scipy(cost: Tensor, row_mask: Tensor | None, col_mask: Tensor | None, every_column: bool) -> Tensor:
+def _with_scipy(
+    cost: Tensor, row_mask: Tensor | None, col_mask: Tensor | None, every_column: bool, skip: bool
+) -> Tensor:
     from scipy.optimize import linear_sum_assignment  # half a second, for those who match
 
     batch, (rows, cols), device = cost.shape[:-2], cost.shape[-2:], cost.device
@@ -236,12 +327,18 @@ def _with_scipy(cost: Tensor, row_mask: Tensor | None, col_mask: Tensor | None, 
     if masked:
         problems = [c[:n, :m] for c, n, m in zip(costs, row_counts, col_counts, strict=True)]
 
+    nobody, skipped = np.empty(0, np.int64), set()
+
     def solve(start: int, stop: int) -> list[tuple[_Indices, _Indices]]:
         pairs = []
         for s in range(start, stop):
             try:
                 pairs.append(linear_sum_assignment(problems[s]))
             except ValueError:
+                if skip:
+                    pairs.append((nobody, nobody))
+                    skipped.add(s)
+                    continue
                 bad = np.isnan(problems[s]) | np.isneginf(problems[s])
                 what = "must not be NaN or -inf" if bad.any() else "leaves no assignment without +inf"
                 n, m = problems[s].shape
@@ -260,7 +357,9 @@ def _with_scipy(cost: Tensor, row_mask: Tensor | None, col_mask: Tensor | None, 
         with ThreadPoolExecutor(threads) as pool:
             pairs = [pair for part in pool.map(solve, bounds[:-1], bounds[1:]) for pair in part]
 
-    if samples > 0 and rows <= cols and not masked:  # every row is matched, in order
+    _warn_skipped(sorted(skipped), batch)
+
+    if samples > 0 and rows <= cols and not masked and not skipped:  # every row is matched, in order
         assigned = np.concatenate([col for _, col in pairs])
     elif samples > 0:
         assigned = np.full((samples, rows), -1)
@@ -273,14 +372,20 @@ def _with_scipy(cost: Tensor, row_mask: Tensor | None, col_mask: Tensor | None, 
     return torch.from_numpy(assigned).view(*batch, rows).to(device)
 
 
-def _checked(solver: Callable[[Tensor], Tensor], batch: torch.Size) -> Callable[[Tensor], Tensor]:
+def _checked(solver: Callable[[Tensor], Tensor], batch: torch.Size, skip: bool) -> Callable[[Tensor], Tensor]:
     """Make up for what a user's solver may not check itself: costs that are no numbers."""
 
     def solve(cost: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            bad = (cost.isnan() | cost.isneginf()).flatten(1).any(1)
-            if bool(bad.any()):
+        compiling = torch.compiler.is_compiling()
+        if compiling and not skip:
+            return solver(cost)
+        bad = (cost.isnan() | cost.isneginf()).flatten(1).any(1)
+        if compiling or bool(bad.any()):
+            if not skip:
                 raise ValueError(f"`cost` must not be NaN or -inf: {_name(int(bad.nonzero()[0]), batch)}")
+            if not compiling:
+                _warn_skipped(bad.nonzero().flatten().tolist(), batch)
+            return solver(cost.masked_fill(bad.view(-1, 1, 1), 0)).masked_fill(bad.view(-1, 1), -1)
         return solver(cost)
 
     return solve
@@ -292,8 +397,9 @@ def _call_solver(
     col_mask: Tensor | None,
     solver: Callable[[Tensor], Tensor],
     every_column: bool,
+    skip: bool,
 ) -> Tensor:
-    return _with_plain_solver(_checked(solver, cost.shape[:-2]), cost, row_mask, col_mask, every_column)
+    return _with_plain_solver(_checked(solver, cost.shape[:-2], skip), cost, row_mask, col_mask, every_column)
 
 
 class _CallSolver(torch.autograd.Function):
@@ -307,7 +413,7 @@ class _CallSolver(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[None, ...]:
-        return (None,) * 5
+        return (None,) * 6
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:

@@ -1,11 +1,14 @@
 """What all set losses share: reduction, and the door through which their arguments come in."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field, fields
+from functools import wraps
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import dataclass_transform, override
 
 from setpred._checks import (
     check_at_least,
@@ -22,9 +25,10 @@ from setpred.functional.pairwise import Cost, channels_seen, check_cost, cost_of
 from setpred.scaler import StandardScaler, check_scaler, scaled
 
 Reduction = Literal["mean", "sum", "none"]
-Presence = Literal["feature", "bce", "none"]
+Presence = Literal["feature", "bce", "logits", "none"]
 REDUCTIONS = ("mean", "sum", "none")
-PRESENCES = ("feature", "bce", "none")
+PRESENCES = ("feature", "bce", "logits", "none")
+SCORED = ("bce", "logits")  # the presences with a loss of their own
 
 
 def reduce(value: Tensor, reduction: Reduction, shape: torch.Size | None = None) -> Tensor:
@@ -81,14 +85,21 @@ def check_options(
 
 
 class ScaledLoss(nn.Module):
-    """What the modules of set losses share: where a scaler is given, they measure in its coordinates."""
+    """What the modules of losses share: where a scaler is given, they measure in its coordinates."""
 
     scaler: StandardScaler | None
 
     def __init__(self, scaler: StandardScaler | None) -> None:
         super().__init__()
         check_scaler(scaler)
-        object.__setattr__(self, "scaler", scaler)  # past nn.Module, which would register what is the decoder's
+        self.scaler = scaler
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scaler":
+            object.__setattr__(self, name, value)  # past nn.Module, which would register what is the decoder's
+        else:
+            super().__setattr__(name, value)
 
     def _scaled(self, pred: Tensor, target: Tensor, name: str = "pred") -> tuple[Tensor, Tensor]:
         """Both sides in the scaler's coordinates; what is absent is zeroed after it, as everywhere in the losses."""
@@ -98,14 +109,52 @@ class ScaledLoss(nn.Module):
         return scaled(pred, self.scaler), scaled(target, self.scaler)
 
 
-def options_repr(module: ScaledLoss) -> str:
-    """Say what a matching loss is configured with, but for submodules, which are shown anyway."""
-    names = ["cost", "matching_cost", "presence", "presence_weight", "reduction", "solver"]
-    options = {name: getattr(module, name, None) for name in names}
-    if options["presence"] != "bce":
-        del options["presence_weight"]
-    shown = {k: v for k, v in options.items() if v is not None and not isinstance(v, nn.Module)}
-    return ", ".join(f"{name}={value!r}" for name, value in shown.items()) + scaler_repr(module)
+class SetLoss(ScaledLoss):
+    """Module form of a set loss. Its fields are the function's options and a scaler: see :func:`with_options`."""
+
+    _names: tuple[str, ...]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the function is called with beside the sets."""
+        return {name: getattr(self, name) for name in self._names}
+
+    @override
+    def extra_repr(self) -> str:
+        """Say what the loss is configured with, but for submodules, which are shown anyway."""
+        options = self.options
+        if options["presence"] not in SCORED:
+            options.pop("presence_weight", None)
+        for option in fields(self):  # type: ignore[arg-type]
+            if not option.repr and options.get(option.name) == option.default:
+                del options[option.name]
+        shown = {k: v for k, v in options.items() if v is not None and not isinstance(v, nn.Module)}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items()) + scaler_repr(self)
+
+
+_Loss = TypeVar("_Loss", bound=SetLoss)
+
+
+@dataclass_transform(eq_default=False, field_specifiers=(field,))
+def with_options(loss: type[_Loss]) -> type[_Loss]:
+    """Class decorator: annotated names are arguments of the constructor and attributes, as in a dataclass.
+
+    Those of ``field(..., repr=False)`` are shown in the repr only where they are not the default.
+    """
+    assign = dataclass(eq=False, repr=False)(loss).__init__  # calls __post_init__ too
+
+    @wraps(assign)
+    def __init__(self: _Loss, *args: Any, **options: Any) -> None:  # noqa: N807
+        nn.Module.__init__(self)
+        assign(self, *args, **options)
+        check_scaler(self.scaler)
+
+    loss.__init__ = __init__  # type: ignore[assignment,method-assign]
+    names = [option.name for option in fields(loss)]  # type: ignore[arg-type]
+    loss._names = tuple(name for name in names if name != "scaler")
+    for name in names:
+        delattr(loss, name)  # the default, which would hide a submodule of that name
+    return loss
 
 
 def scaler_repr(module: ScaledLoss) -> str:
@@ -157,10 +206,11 @@ def check_probabilities(name: str, value: Tensor) -> None:
     )
 
 
-def presence_loss(pred_mask: Tensor, wanted: Tensor) -> Tensor:
+def presence_loss(pred_mask: Tensor, wanted: Tensor, presence: Presence) -> Tensor:
     """Binary cross-entropy of each set's mask, (S, N), a mean over its rows: shape (S,)."""
-    value = F.binary_cross_entropy(pred_mask, wanted.to(pred_mask.dtype), reduction="none")
-    return mean_rows(value)
+    if presence == "logits":  # finite where an infinite logit is right, unlike PyTorch's function
+        return mean_rows(-F.logsigmoid(torch.where(wanted, pred_mask, -pred_mask)))
+    return mean_rows(F.binary_cross_entropy(pred_mask, wanted.to(pred_mask.dtype), reduction="none"))
 
 
 def as_weight(pred_mask: Tensor) -> Tensor:
@@ -222,8 +272,8 @@ def enter(
     check_shape("target", target, pred.shape[-3], "M", pred.shape[-1])
     check_soft_mask("pred_mask", pred_mask, pred.shape[:-1])
     check_mask("target_mask", target_mask, target.shape[:-1])
-    if presence == "bce" and pred_mask is None:
-        raise ValueError("`pred_mask` must be given with presence='bce', got None")
+    if presence in SCORED and pred_mask is None:
+        raise ValueError(f"`pred_mask` must be given with presence={presence!r}, got None")
     if presence == "bce" and pred_mask is not None:
         check_probabilities("pred_mask", pred_mask)
     shape = pred.shape[:-2]
@@ -232,7 +282,7 @@ def enter(
     present = None
     if target_mask is not None:
         present = target_mask.bool()
-        target = target.masked_fill(~present.unsqueeze(-1), 0)
+        target = torch.where(present.unsqueeze(-1), target, 0)
     if pred_mask is not None:
         pred_mask = pred_mask.to(dtype)
     if presence == "feature":

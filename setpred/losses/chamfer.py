@@ -1,15 +1,17 @@
 """Chamfer loss: every element is charged its nearest neighbour in the other set."""
 
+from dataclasses import KW_ONLY
+
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from setpred.functional.nearest import nearest_neighbours
 from setpred.functional.pairwise import Cost
 from setpred.losses._common import (
+    SCORED,
     Presence,
     Reduction,
-    ScaledLoss,
+    SetLoss,
     as_weight,
     charge,
     check_options,
@@ -21,9 +23,9 @@ from setpred.losses._common import (
     keep_nan,
     mean_rows,
     nothing,
-    options_repr,
     presence_loss,
     reduce,
+    with_options,
 )
 from setpred.scaler import StandardScaler
 
@@ -56,6 +58,7 @@ def chamfer_loss(
       empty, the value is 0.
     - ``"bce"``: the same, and the predicted mask is scored against who is the nearest of some target:
       :math:`w \frac{1}{N} \sum_i \operatorname{BCE}(\hat m_i, [i \text{ is nearest to some } j])` is added.
+    - ``"logits"``: as ``"bce"`` of the mask's sigmoid.
 
     Values of what is absent, NaN too, are never seen; any other NaN makes the set's loss NaN. Costs are computed in
     float32 at least, under autocast too. Neighbours are found without a graph, in memory that grows with N + M: see
@@ -64,13 +67,13 @@ def chamfer_loss(
     Args:
         pred: Predicted elements, shape ``(B, N, C)``, or ``(K, B, N, C)`` for K predictions of the same targets.
         target: Target elements, shape ``(B, M, C)``.
-        pred_mask: Predicted presence in [0, 1], floating, shape ``(B, N)`` or ``(K, B, N)``. With ``"bce"`` its values
-            are checked, which waits for the device.
+        pred_mask: Predicted presence in [0, 1], with ``"logits"`` of any size; floating, shape ``(B, N)`` or
+            ``(K, B, N)``. With ``"bce"`` its values are checked, which waits for the device.
         target_mask: Bool or float {0, 1}, shape ``(B, M)``; None means that all are present.
         cost: Cost d of a pair: ``"huber"``, ``"mse"``, ``"l1"``, or a callable ``(B, N, C), (B, M, C) -> (B, N, M)``,
             see :func:`~setpred.functional.pairwise.pairwise_cost`.
         matching_cost: Cost by which neighbours are nearest, if another than the one that is charged.
-        presence: ``"feature"``, ``"bce"`` or ``"none"``.
+        presence: ``"feature"``, ``"bce"``, ``"logits"`` or ``"none"``.
         presence_weight: Weight w of the binary cross-entropy.
         reduction: ``"mean"`` or ``"sum"`` over sets, or ``"none"``: shape ``(B,)`` or ``(K, B)``.
 
@@ -98,7 +101,10 @@ def chamfer_loss(
             check_sees_mask(cost, pred.shape[-1])
         target, present = fill_up(sets, sized=pred_mask is not None or target_mask is not None)
     elif sets.pred_mask is not None:
-        weight = as_weight(sets.pred_mask) if presence == "none" else sets.pred_mask.relu()
+        if presence == "logits":
+            weight = sets.pred_mask.sigmoid()
+        else:
+            weight = as_weight(sets.pred_mask) if presence == "none" else sets.pred_mask.relu()
         exists = weight.detach() != 0
         pred = pred.masked_fill(~exists.unsqueeze(-1), 0)
     with full_precision(pred.device):
@@ -115,9 +121,9 @@ def chamfer_loss(
             value = _mean(from_pred, charged_pred, weight) + _mean(from_target, charged_target)
             if charged_target is not None:
                 value = keep_nan(value, pred, target)
-        if sets.pred_mask is not None and presence == "bce":
+        if sets.pred_mask is not None and presence in SCORED:
             matched = _chosen(of_target, charged_target, pred.shape[1])
-            value = value + presence_weight * presence_loss(sets.pred_mask, matched)
+            value = value + presence_weight * presence_loss(sets.pred_mask, matched, presence)
     return reduce(value, reduction, sets.shape)
 
 
@@ -145,16 +151,13 @@ def _chosen(of_target: Tensor, charged: Tensor | None, rows: int) -> Tensor:
     return chosen.scatter(1, of_target, True)[:, :rows]
 
 
-class ChamferLoss(ScaledLoss):
-    """Module form of :func:`chamfer_loss`.
+@with_options
+class ChamferLoss(SetLoss):
+    """Module form of :func:`chamfer_loss`, whose options it takes.
+
+    A cost that is an ``nn.Module`` is registered, so that its parameters move and train with the loss.
 
     Args:
-        cost: ``"huber"``, ``"mse"``, ``"l1"`` or a callable ``(B, N, C), (B, M, C) -> (B, N, M)``. An ``nn.Module`` is
-            registered, so that its parameters move and train with the loss.
-        matching_cost: Cost by which neighbours are nearest, if another than the one that is charged.
-        presence: ``"feature"``, ``"bce"`` or ``"none"``.
-        presence_weight: Weight of the binary cross-entropy.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         scaler: Where given, elements of both sides are measured in its coordinates, by costs of your own too; see
             :class:`setpred.StandardScaler`. It is not registered: it moves and is saved with the decoder.
 
@@ -169,45 +172,20 @@ class ChamferLoss(ScaledLoss):
     Source: Zhang et al. (NeurIPS 2019), equation 1.
     """
 
-    def __init__(
-        self,
-        cost: Cost = "huber",
-        *,
-        matching_cost: Cost | None = None,
-        presence: Presence = "feature",
-        presence_weight: float = 1.0,
-        reduction: Reduction = "mean",
-        scaler: StandardScaler | None = None,
-    ) -> None:
-        super().__init__(scaler)
-        check_options(cost, matching_cost, presence, presence_weight, reduction)
-        self.cost = cost
-        self.matching_cost = matching_cost
-        self.presence: Presence = presence
-        self.presence_weight = presence_weight
-        self.reduction: Reduction = reduction
+    cost: Cost = "huber"
+    _: KW_ONLY
+    matching_cost: Cost | None = None
+    presence: Presence = "feature"
+    presence_weight: float = 1.0
+    reduction: Reduction = "mean"
+    scaler: StandardScaler | None = None
+
+    def __post_init__(self) -> None:
+        check_options(**self.options)
 
     def forward(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        pred_mask: Tensor | None = None,
-        target_mask: Tensor | None = None,
+        self, pred: Tensor, target: Tensor, pred_mask: Tensor | None = None, target_mask: Tensor | None = None
     ) -> Tensor:
         """See :func:`chamfer_loss`."""
         pred, target = self._scaled(pred, target)
-        return chamfer_loss(
-            pred,
-            target,
-            pred_mask,
-            target_mask,
-            cost=self.cost,
-            matching_cost=self.matching_cost,
-            presence=self.presence,
-            presence_weight=self.presence_weight,
-            reduction=self.reduction,
-        )
-
-    @override
-    def extra_repr(self) -> str:
-        return options_repr(self)
+        return chamfer_loss(pred, target, pred_mask, target_mask, **self.options)

@@ -1,31 +1,51 @@
 """Hungarian loss: match predictions and targets one to one at the least cost, and charge the matched pairs."""
 
-from typing import Literal, overload
+from dataclasses import KW_ONLY, field
+from typing import Literal, TypedDict, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Unpack
 
-from setpred.functional.assignment import Solver, assign, check_solver
+from setpred._checks import check_choice, check_count
+from setpred.functional.assignment import NonFinite, Solver, assign, check_solver
 from setpred.functional.pairwise import Cost, cost_of_all_pairs
 from setpred.losses._common import (
+    SCORED,
     Presence,
     Reduction,
-    ScaledLoss,
+    SetLoss,
+    Sets,
     charge,
     check_options,
     check_sees_mask,
     enter,
+    fill_up,
     full_precision,
     gather_rows,
     keep_nan,
     mean_rows,
-    options_repr,
     presence_loss,
     reduce,
+    with_options,
 )
 from setpred.scaler import StandardScaler
+
+
+class _Options(TypedDict, total=False):
+    """The options of :func:`hungarian_loss` for its overloads: what they have in common."""
+
+    cost: Cost
+    matching_cost: Cost | None
+    presence: Presence
+    presence_weight: float
+    average_over: Literal["set", "batch"]
+    matches_per_target: int
+    surplus: Literal["raise", "drop"]
+    nonfinite: NonFinite
+    reduction: Reduction
+    solver: Solver
 
 
 @overload
@@ -35,13 +55,8 @@ def hungarian_loss(
     pred_mask: Tensor | None = None,
     target_mask: Tensor | None = None,
     *,
-    cost: Cost = "huber",
-    matching_cost: Cost | None = None,
-    presence: Presence = "feature",
-    presence_weight: float = 1.0,
-    reduction: Reduction = "mean",
-    solver: Solver = "auto",
     return_matching: Literal[False] = False,
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 
 
@@ -52,13 +67,8 @@ def hungarian_loss(
     pred_mask: Tensor | None = None,
     target_mask: Tensor | None = None,
     *,
-    cost: Cost = "huber",
-    matching_cost: Cost | None = None,
-    presence: Presence = "feature",
-    presence_weight: float = 1.0,
-    reduction: Reduction = "mean",
-    solver: Solver = "auto",
     return_matching: Literal[True],
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -72,6 +82,10 @@ def hungarian_loss(
     matching_cost: Cost | None = None,
     presence: Presence = "feature",
     presence_weight: float = 1.0,
+    average_over: Literal["set", "batch"] = "set",
+    matches_per_target: int = 1,
+    surplus: Literal["raise", "drop"] = "raise",
+    nonfinite: NonFinite = "raise",
     reduction: Reduction = "mean",
     solver: Solver = "auto",
     return_matching: bool = False,
@@ -87,24 +101,34 @@ def hungarian_loss(
       predictions are matched. Absent targets are zeros; with fewer target rows than predictions, absent ones are added.
     - ``"bce"``: present targets are matched to any predictions; the predicted mask is scored against who was matched:
       :math:`w \frac{1}{N} \sum_i \operatorname{BCE}(\hat m_i, [i \text{ matched}])` is added.
+    - ``"logits"``: the same, with :math:`\hat m_i` the sigmoid of the predicted mask.
     - ``"none"``: present targets are matched, ``pred_mask`` is not scored.
 
-    In the last two, a set without targets has a matching cost of 0. Values of absent targets, NaN too, are never seen;
-    NaN in what is predicted is an error or makes the set's loss NaN. Costs are computed in float32 at least, under
-    autocast too; the matching has no gradient.
+    In the last three, a set without targets has a matching cost of 0. Values of absent targets, NaN too, are never
+    seen; NaN in what is predicted is an error or makes the set's loss NaN. Costs are computed in float32 at least,
+    under autocast too; the matching has no gradient.
 
     Args:
         pred: Predicted elements, shape ``(B, N, C)``, or ``(K, B, N, C)`` for K predictions of the same targets.
         target: Target elements, shape ``(B, M, C)``.
-        pred_mask: Predicted presence in [0, 1], floating, shape ``(B, N)`` or ``(K, B, N)``. With ``"bce"`` its values
-            are checked, which waits for the device.
+        pred_mask: Predicted presence in [0, 1], with ``"logits"`` of any size; floating, shape ``(B, N)`` or
+            ``(K, B, N)``. With ``"bce"`` its values are checked, which waits for the device.
         target_mask: Bool or float {0, 1}, shape ``(B, M)``; None means that all are present.
         cost: Cost d of a pair: ``"huber"``, ``"mse"``, ``"l1"``, or a callable ``(B, N, C), (B, M, C) -> (B, N, M)``,
             see :func:`~setpred.functional.pairwise.pairwise_cost` and, to compose one,
             :func:`~setpred.functional.pairwise.sum_costs`.
         matching_cost: Cost to match by, if another than the one that is charged. +inf forbids a pair.
-        presence: ``"feature"``, ``"bce"`` or ``"none"``.
+        presence: ``"feature"``, ``"bce"``, ``"logits"`` or ``"none"``.
         presence_weight: Weight w of the binary cross-entropy.
+        average_over: What the costs of matched pairs are averaged over: the pairs of each ``"set"``, so that all sets
+            weigh the same; or the targets of the ``"batch"``, so that all targets do (DETR): the pairs' sum is divided
+            by the mean number of targets per set, k times, and by no less than one target in the batch. With
+            ``"feature"`` every set has N pairs, and both are the same.
+        matches_per_target: How many predictions are matched to each target, k; more than one not with ``"feature"``.
+        surplus: What becomes of more targets (k times) than predictions: ``"raise"`` an error, or ``"drop"`` those that
+            the least cost leaves out.
+        nonfinite: What becomes of a set whose costs are NaN or -inf, or leave no assignment: ``"raise"`` an error, or
+            ``"skip"`` it: it costs 0, nobody is matched, and a RuntimeWarning names it.
         reduction: ``"mean"`` or ``"sum"`` over sets, or ``"none"``: shape ``(B,)`` or ``(K, B)``.
         solver: See :func:`~setpred.functional.assignment.linear_assignment`.
         return_matching: Whether to return the matching too.
@@ -116,8 +140,8 @@ def hungarian_loss(
     Raises:
         ValueError: If a shape is wrong, a choice is unknown, there are more targets than predictions (in
             ``"feature"`` rows, else present ones), the costs of a sample are NaN or leave no assignment, ``pred_mask``
-            is not in [0, 1] with ``"bce"``, or ``cost`` is known to leave out the mask that ``"feature"`` made a
-            channel.
+            is not in [0, 1] with ``"bce"``, ``cost`` is known to leave out the mask that ``"feature"`` made a channel,
+            or there is more than one match per target with ``"feature"``.
         TypeError: If a dtype is wrong, as bool is for ``pred_mask``.
 
     Example:
@@ -125,69 +149,111 @@ def hungarian_loss(
         >>> hungarian_loss(pred, target, presence="none", return_matching=True)
         (tensor(0.0625), tensor([[1, 0]]))
 
-    Source: Zhang et al. (NeurIPS 2019), equation 2 and section 3.2; ``"bce"`` as in Carion et al., DETR (ECCV 2020).
+    Source: Zhang et al. (NeurIPS 2019), equation 2 and section 3.2; ``"bce"`` and ``average_over="batch"`` as in Carion
+    et al., DETR (ECCV 2020); ``matches_per_target`` as in Jia et al., DETRs with hybrid matching (CVPR 2023).
     """
-    check_options(cost, matching_cost, presence, presence_weight, reduction)
+    _check_options(
+        cost, matching_cost, presence, presence_weight, average_over, matches_per_target, surplus, nonfinite, reduction
+    )
     sets = enter(pred, target, pred_mask, target_mask, presence)
-    pred, target, present = sets.pred, sets.target, sets.present
-    if presence == "feature" and pred_mask is not None:
-        check_sees_mask(cost, pred.shape[-1])
+    pred, target, who = sets.pred, sets.target, sets.present
+    (rows, channels), cols = pred.shape[1:], target.shape[1]
+    if presence == "feature":
+        if pred_mask is not None:
+            check_sees_mask(cost, channels)
+        if cols > rows and surplus == "raise":
+            raise ValueError(
+                f"`target` must have at most as many rows as `pred` with presence='feature', got {cols} and {rows}"
+            )
+        # As many are matched as there are predictions, so that all of these are.
+        target, who = fill_up(sets, sized=True)
+    elif cols == 0:
+        target = pred.new_zeros(len(pred), 1, channels)  # something to gather from, present to nobody
+        who = target.new_zeros(target.shape[:2], dtype=torch.bool)
     with full_precision(pred.device):
-        (rows, channels), cols = pred.shape[1:], target.shape[1]
-        if presence == "feature":
-            if cols > rows:
-                raise ValueError(
-                    f"`target` must have at most as many rows as `pred` with presence='feature', got {cols} and {rows}"
-                )
-            target = F.pad(target, (0, 0, 0, rows - cols)) if cols < rows else target
-        elif cols == 0:
-            target = pred.new_zeros(len(pred), 1, channels)  # something to gather from, present to nobody
-            present = target.new_zeros(target.shape[:2], dtype=torch.bool)
-
-        who = None if presence == "feature" else present
         with torch.no_grad():
             costs = cost_of_all_pairs(pred, target, cost if matching_cost is None else matching_cost)
             # With the shape (K, B, N, M) an error can say which step of which sample.
             matching = assign(
                 costs.view(sets.shape + costs.shape[1:]),
-                col_mask=None if who is None else who.reshape(sets.shape + who.shape[1:]),
+                col_mask=None if who is None else who.view(sets.shape + who.shape[1:]),
                 solver=solver,
-                every_column=presence != "feature",
-            ).flatten(0, -2)
-        partner = gather_rows(target, matching if presence == "feature" else matching.clamp(min=0))
-        if presence == "feature":  # everyone is matched
-            value = mean_rows(charge(pred, partner, cost, None))
+                every_column=presence != "feature" and surplus == "raise",
+                rows_per_column=matches_per_target,
+                nonfinite=nonfinite,
+            ).reshape(len(pred), rows)
+        if presence == "feature" and nonfinite == "raise":  # everyone is matched
+            pairs = charge(pred, gather_rows(target, matching), cost, None)
+            value = pairs if reduction == "mean" else mean_rows(pairs)  # the means are of equally many
         else:
             matched = matching >= 0
-            value = charge(pred, partner, cost, matched).sum(1) / matched.sum(1).clamp(min=1)
-            if sets.pred_mask is not None and presence == "bce":
-                value = keep_nan(value, pred) + presence_weight * presence_loss(sets.pred_mask, matched)
-            elif sets.pred_mask is not None:
-                value = keep_nan(value, pred, sets.pred_mask)
-            elif present is not None:  # else NaN has been an error of the costs
+            pairs = charge(pred, gather_rows(target, matching.clamp(min=0)), cost, matched)
+            over = "set" if presence == "feature" else average_over
+            value = _average(pairs, matched, sets, matches_per_target, over)
+            mask = sets.pred_mask
+            if nonfinite == "skip":
+                skipped = ~matched.any(1) if who is None else who.any(1) & ~matched.any(1)
+                mask = None if mask is None else mask.masked_fill(skipped.unsqueeze(1), 0.5)
+            if who is not None:  # else NaN has been an error of the costs, or skipped
                 value = keep_nan(value, pred)
+            if mask is not None and presence in SCORED:
+                value = value + presence_weight * presence_loss(mask, matched, presence)
+            elif mask is not None:
+                value = keep_nan(value, mask)
+            if nonfinite == "skip":
+                value = value.masked_fill(skipped, 0)
     loss = reduce(value, reduction, sets.shape)
     if not return_matching:
         return loss
     if presence == "feature":
         has_target = matching < cols
-        if present is not None:
-            has_target = has_target & F.pad(present, (0, rows - cols)).gather(1, matching)
+        if sets.present is not None:
+            present = F.pad(sets.present, (0, max(rows - cols, 0)))
+            has_target = has_target & present.gather(1, matching.clamp(min=0))
         matching = matching.where(has_target, -1)
     return loss, matching.view(*sets.shape, rows)
 
 
-class HungarianLoss(ScaledLoss):
-    """Module form of :func:`hungarian_loss`.
+def _average(pairs: Tensor, matched: Tensor, sets: Sets, k: int, over: Literal["set", "batch"]) -> Tensor:
+    """Sum of each set's costs (S, N), divided as ``average_over`` says."""
+    total = pairs.sum(1)
+    if over == "set":
+        return total / matched.sum(1).clamp(min=1)
+    if sets.present is None:
+        return total / max(k * sets.target.shape[1], 1)
+    targets = k * sets.present.sum().to(total.dtype) / max(len(total), 1)  # per set
+    return total / targets.clamp(min=1 / max(sets.shape[-1], 1))
+
+
+def _check_options(
+    cost: object,
+    matching_cost: object,
+    presence: object,
+    presence_weight: float,
+    average_over: object,
+    matches_per_target: int,
+    surplus: object,
+    nonfinite: object,
+    reduction: object,
+    solver: object = "auto",
+) -> None:
+    check_options(cost, matching_cost, presence, presence_weight, reduction)
+    check_choice("average_over", average_over, ("set", "batch"))
+    check_count("matches_per_target", matches_per_target)
+    if matches_per_target > 1 and presence == "feature":
+        raise ValueError(f"`matches_per_target` must be 1 with presence='feature', got {matches_per_target}")
+    check_choice("surplus", surplus, ("raise", "drop"))
+    check_choice("nonfinite", nonfinite, ("raise", "skip"))
+    check_solver(solver)
+
+
+@with_options
+class HungarianLoss(SetLoss):
+    """Module form of :func:`hungarian_loss`, whose options it takes.
+
+    A cost that is an ``nn.Module`` is registered, so that its parameters move and train with the loss.
 
     Args:
-        cost: ``"huber"``, ``"mse"``, ``"l1"`` or a callable ``(B, N, C), (B, M, C) -> (B, N, M)``. An ``nn.Module`` is
-            registered, so that its parameters move and train with the loss.
-        matching_cost: Cost to match by, if another than the one that is charged.
-        presence: ``"feature"``, ``"bce"`` or ``"none"``.
-        presence_weight: Weight of the binary cross-entropy.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        solver: ``"auto"``, ``"scipy"``, ``"cuda"`` or a callable.
         scaler: Where given, elements of both sides are measured in its coordinates, by costs of your own too; see
             :class:`setpred.StandardScaler`. It is not registered: it moves and is saved with the decoder.
 
@@ -202,48 +268,21 @@ class HungarianLoss(ScaledLoss):
     Source: Zhang et al. (NeurIPS 2019), equation 2.
     """
 
-    def __init__(
-        self,
-        cost: Cost = "huber",
-        *,
-        matching_cost: Cost | None = None,
-        presence: Presence = "feature",
-        presence_weight: float = 1.0,
-        reduction: Reduction = "mean",
-        solver: Solver = "auto",
-        scaler: StandardScaler | None = None,
-    ) -> None:
-        super().__init__(scaler)
-        check_options(cost, matching_cost, presence, presence_weight, reduction)
-        check_solver(solver)
-        self.cost = cost
-        self.matching_cost = matching_cost
-        self.presence: Presence = presence
-        self.presence_weight = presence_weight
-        self.reduction: Reduction = reduction
-        self.solver = solver
+    cost: Cost = "huber"
+    _: KW_ONLY
+    matching_cost: Cost | None = None
+    presence: Presence = "feature"
+    presence_weight: float = 1.0
+    average_over: Literal["set", "batch"] = field(default="set", repr=False)
+    matches_per_target: int = field(default=1, repr=False)
+    surplus: Literal["raise", "drop"] = field(default="raise", repr=False)
+    nonfinite: NonFinite = field(default="raise", repr=False)
+    reduction: Reduction = "mean"
+    solver: Solver = "auto"
+    scaler: StandardScaler | None = None
 
-    @overload
-    def forward(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        pred_mask: Tensor | None = None,
-        target_mask: Tensor | None = None,
-        *,
-        return_matching: Literal[False] = False,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        pred_mask: Tensor | None = None,
-        target_mask: Tensor | None = None,
-        *,
-        return_matching: Literal[True],
-    ) -> tuple[Tensor, Tensor]: ...
+    def __post_init__(self) -> None:
+        _check_options(**self.options)
 
     def forward(
         self,
@@ -256,21 +295,7 @@ class HungarianLoss(ScaledLoss):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """See :func:`hungarian_loss`."""
         pred, target = self._scaled(pred, target)
-        loss: Tensor | tuple[Tensor, Tensor] = hungarian_loss(  # type: ignore[call-overload,misc]
-            pred,
-            target,
-            pred_mask,
-            target_mask,
-            cost=self.cost,
-            matching_cost=self.matching_cost,
-            presence=self.presence,
-            presence_weight=self.presence_weight,
-            reduction=self.reduction,
-            solver=self.solver,
-            return_matching=return_matching,
+        loss: Tensor | tuple[Tensor, Tensor] = hungarian_loss(  # type: ignore[call-overload]
+            pred, target, pred_mask, target_mask, return_matching=return_matching, **self.options
         )
         return loss
-
-    @override
-    def extra_repr(self) -> str:
-        return options_repr(self)

@@ -1,10 +1,10 @@
 """Sinkhorn loss: optimal transport between two sets, smoothed so that no assignment is made."""
 
+from dataclasses import KW_ONLY
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from typing_extensions import override
+from torch import Tensor
 
 from setpred._checks import check_choice, check_count, check_finite, check_positive
 from setpred.functional.pairwise import Cost, check_cost, cost_of_all_pairs
@@ -12,7 +12,7 @@ from setpred.functional.sinkhorn import entropic_transport
 from setpred.losses._common import (
     REDUCTIONS,
     Reduction,
-    ScaledLoss,
+    SetLoss,
     as_weight,
     check_sees_mask,
     enter,
@@ -21,7 +21,7 @@ from setpred.losses._common import (
     keep_nan,
     nothing,
     reduce,
-    scaler_repr,
+    with_options,
 )
 from setpred.scaler import StandardScaler
 
@@ -140,16 +140,13 @@ def _check_options(cost: object, epsilon: float, iters: int, debias: bool, prese
     check_choice("reduction", reduction, REDUCTIONS)
 
 
-class SinkhornLoss(ScaledLoss):
-    """Module form of :func:`sinkhorn_loss`.
+@with_options
+class SinkhornLoss(SetLoss):
+    """Module form of :func:`sinkhorn_loss`, whose options it takes.
+
+    A cost that is an ``nn.Module`` is registered, so that its parameters move and train with the loss.
 
     Args:
-        cost: ``"huber"``, ``"mse"``, ``"l1"`` or a callable ``(B, N, C), (B, M, C) -> (B, N, M)``.
-        epsilon: Strength of the entropy, in units of the cost.
-        iters: Number of Sinkhorn iterations.
-        debias: Whether to subtract the sets' transport onto themselves.
-        presence: ``"feature"`` or ``"none"``.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         scaler: Where given, elements of both sides are measured in its coordinates, by costs of your own too; see
             :class:`setpred.StandardScaler`. It is not registered: it moves and is saved with the decoder.
 
@@ -164,50 +161,21 @@ class SinkhornLoss(ScaledLoss):
     Source: Feydy et al. (AISTATS 2019).
     """
 
-    def __init__(
-        self,
-        cost: Cost = "mse",
-        *,
-        epsilon: float = 0.01,
-        iters: int = 100,
-        debias: bool = True,
-        presence: Literal["feature", "none"] = "feature",
-        reduction: Reduction = "mean",
-        scaler: StandardScaler | None = None,
-    ) -> None:
-        super().__init__(scaler)
-        _check_options(cost, epsilon, iters, debias, presence, reduction)
-        self.cost = cost
-        self.epsilon = epsilon
-        self.iters = iters
-        self.debias = debias
-        self.presence: Literal["feature", "none"] = presence
-        self.reduction: Reduction = reduction
+    cost: Cost = "mse"
+    _: KW_ONLY
+    epsilon: float = 0.01
+    iters: int = 100
+    debias: bool = True
+    presence: Literal["feature", "none"] = "feature"
+    reduction: Reduction = "mean"
+    scaler: StandardScaler | None = None
+
+    def __post_init__(self) -> None:
+        _check_options(**self.options)
 
     def forward(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        pred_mask: Tensor | None = None,
-        target_mask: Tensor | None = None,
+        self, pred: Tensor, target: Tensor, pred_mask: Tensor | None = None, target_mask: Tensor | None = None
     ) -> Tensor:
         """See :func:`sinkhorn_loss`."""
         pred, target = self._scaled(pred, target)
-        return sinkhorn_loss(
-            pred,
-            target,
-            pred_mask,
-            target_mask,
-            cost=self.cost,
-            epsilon=self.epsilon,
-            iters=self.iters,
-            debias=self.debias,
-            presence=self.presence,
-            reduction=self.reduction,
-        )
-
-    @override
-    def extra_repr(self) -> str:
-        names = ["cost", "epsilon", "iters", "debias", "presence", "reduction"]
-        shown = {name: getattr(self, name) for name in names if not isinstance(getattr(self, name), nn.Module)}
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items()) + scaler_repr(self)
+        return sinkhorn_loss(pred, target, pred_mask, target_mask, **self.options)

@@ -90,6 +90,8 @@ CALLS: list[Callable[[], object]] = [
     lambda: StandardScaler(2).fit(sets, 0 * mask),
     lambda: StandardScaler(2).fit(1e60 * sets.double()),
     lambda: hungarian_loss(torch.rand(1, 10, 2), torch.rand(1, 12, 2), torch.rand(1, 10), presence="feature"),
+    lambda: hungarian_loss(torch.rand(1, 10, 2), torch.rand(1, 12, 2), presence="none"),
+    lambda: HungarianLoss(matches_per_target=2),
     lambda: DSPNLoss(PooledEncoder(2, 8), hungarian_loss, steps="last")(
         SetPrediction(torch.rand(1, 10, 2), torch.rand(1, 10)),
         torch.rand(1, 12, 2),

@@ -1,5 +1,8 @@
 """Linear assignment: against SciPy, brute force and optima known by construction."""
 
+import warnings
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from setpred.functional import assignment
-from setpred.functional.assignment import choose_solver, linear_assignment, matched_pairs
+from setpred.functional.assignment import choose_solver, linear_assignment, matched_indices, matched_pairs
 from tests import oracles
 
 seeds = st.integers(0, 2**31)
@@ -21,6 +24,11 @@ def plain_solver(cost: Tensor) -> Tensor:
         row, col = linear_sum_assignment(problem.cpu().numpy())
         assigned[s, torch.as_tensor(row)] = torch.as_tensor(col)
     return assigned
+
+
+def full_solver(cost: Tensor) -> Tensor:
+    """A solver that compiles, for costs of as many rows as columns: the diagonal."""
+    return torch.arange(cost.shape[1]).expand(len(cost), -1)
 
 
 SOLVERS = pytest.mark.parametrize("solver", ["scipy", plain_solver])
@@ -176,7 +184,13 @@ def test_every_column(solver: object) -> None:
 @pytest.mark.parametrize(
     ("error", "message", "cost", "options"),
     [
-        (TypeError, "`cost` must have a floating dtype", torch.ones(1, 2, 2).long(), {}),
+        (TypeError, "`cost` must have a floating or integer dtype, got bool", torch.ones(1, 2, 2).bool(), {}),
+        (TypeError, "`cost` must have a floating or integer dtype, got complex", torch.ones(1, 2, 2).cfloat(), {}),
+        (TypeError, "`cost` must be a tensor", [[[1.0]]], {}),
+        (ValueError, "`maximize` must be one of False, True, got 'yes'", torch.rand(1, 2, 3), {"maximize": "yes"}),
+        (ValueError, "`rows_per_column` must be at least 1, got 0", torch.rand(1, 2, 3), {"rows_per_column": 0}),
+        (TypeError, "`rows_per_column` must be an integer", torch.rand(1, 2, 3), {"rows_per_column": 1.5}),
+        (ValueError, "`nonfinite` must be one of 'raise', 'skip'", torch.rand(1, 2, 3), {"nonfinite": "ignore"}),
         (ValueError, r"`cost` must have shape \(B, N, M\), got shape \(2, 2\)", torch.rand(2, 2), {}),
         (ValueError, r"`row_mask` must have shape \(1, 2\)", torch.rand(1, 2, 3), {"row_mask": torch.ones(1, 3)}),
         (TypeError, "`col_mask` must be bool or float", torch.rand(1, 2, 3), {"col_mask": torch.ones(1, 3).long()}),
@@ -187,9 +201,120 @@ def test_every_column(solver: object) -> None:
 def test_refuses(error: type[Exception], message: str, cost: Tensor, options: dict[str, object]) -> None:
     with pytest.raises(error, match=message):
         linear_assignment(cost, **options)
-    if cost.dim() == 2:
-        with pytest.raises(ValueError, match=r"`assignment` must have shape \(B, N\)"):
-            matched_pairs(cost[0])
+
+
+@pytest.mark.parametrize("index", [matched_pairs, matched_indices])
+def test_pairs_are_of_a_batch(index: Callable[[Tensor], object]) -> None:
+    with pytest.raises(ValueError, match=r"`assignment` must have shape \(B, N\), got shape \(3,\)"):
+        index(torch.zeros(3).long())
+
+
+@given(batch=st.integers(0, 3), n=st.sampled_from([0, 1, 5, 100]), m=st.sampled_from([0, 1, 6, 90]), seed=seeds)
+def test_indices_of_each_sample_are_its_pairs(batch: int, n: int, m: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    assigned = linear_assignment(torch.rand(batch, n, m), col_mask=torch.rand(batch, m) < 0.6)
+    row, column = matched_indices(assigned)
+    assert row.shape == column.shape == (batch, n)
+    for one, own_row, own_column in zip(assigned.tolist(), row.tolist(), column.tolist(), strict=True):
+        pairs = [(i, j) for i, j in enumerate(one) if j >= 0]
+        assert list(zip(own_row, own_column, strict=True)) == pairs + [(-1, -1)] * (n - len(pairs))
+    sample = torch.arange(batch).unsqueeze(1).expand_as(row)[row >= 0]
+    for flat, padded in zip(matched_pairs(assigned), (sample, row[row >= 0], column[row >= 0]), strict=True):
+        assert torch.equal(flat, padded)
+
+
+@SOLVERS
+@given(n=st.integers(0, 6), m=st.integers(0, 6), seed=seeds)
+def test_maximize(solver: object, n: int, m: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    score, mask = torch.randn(2, n, m, dtype=torch.float64), torch.rand(2, m) < 0.7
+    assigned = linear_assignment(score, col_mask=mask, maximize=True, solver=solver)
+    assert torch.equal(assigned, linear_assignment(-score, col_mask=mask, solver=solver))
+    if n > 0 and n == m:
+        forbidden = torch.full_like(score, -torch.inf)
+        forbidden.diagonal(dim1=1, dim2=2).zero_()
+        found = linear_assignment(forbidden, maximize=True, solver=solver)
+        assert torch.equal(found, torch.arange(n).expand(2, -1))
+
+
+@SOLVERS
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_integer_costs(solver: object, dtype: torch.dtype, maximize: bool) -> None:
+    """The optimum of large integers is exact, where float32 would see ties; the least of a dtype has no negative."""
+    end = min(torch.iinfo(dtype).max, 2**40)
+    start = max(torch.iinfo(dtype).min, -(2**40))
+    cost = torch.tensor([[[end, end - 1], [end - 1, end - 3]], [[start, start + 1], [start + 2, start]]]).to(dtype)
+    expected = [[0, 1], [1, 0]] if maximize else [[0, 1], [0, 1]]
+    assert cost[0].tolist() == [[end, end - 1], [end - 1, end - 3]]
+    best = [max, min][not maximize]
+    for s in range(2):
+        totals = {(0, 1): int(cost[s, 0, 0]) + int(cost[s, 1, 1]), (1, 0): int(cost[s, 0, 1]) + int(cost[s, 1, 0])}
+        expected[s] = list(best(totals, key=totals.__getitem__))
+    assert linear_assignment(cost, maximize=maximize, solver=solver).tolist() == expected
+
+
+@SOLVERS
+@given(n=st.integers(0, 7), m=st.integers(0, 3), k=st.integers(1, 3), masked=st.booleans(), seed=seeds)
+def test_columns_are_matched_to_several_rows(solver: object, n: int, m: int, k: int, masked: bool, seed: int) -> None:
+    """As with k copies of each column; min(n, k m) pairs of the least total."""
+    torch.manual_seed(seed)
+    cost = torch.randn(2, n, m, dtype=torch.float64)
+    mask = torch.rand(2, m) < 0.7 if masked else torch.ones(2, m, dtype=torch.bool)
+    assigned = linear_assignment(cost, col_mask=mask if masked else None, rows_per_column=k, solver=solver)
+    for s in range(2):
+        present = mask[s].nonzero().squeeze(1)
+        problem = cost[s][:, present].repeat_interleave(k, 1)
+        row, col = assigned[s].ge(0).nonzero().squeeze(1), assigned[s][assigned[s] >= 0]
+        assert len(row) == min(problem.shape)
+        assert set(col.tolist()) <= set(present.tolist())
+        assert col.numel() == 0 or col.bincount().max() <= k
+        expected = problem.numpy()[linear_sum_assignment(problem.numpy())].sum()
+        torch.testing.assert_close(cost[s][row, col].sum().item(), expected, rtol=1e-9, atol=1e-9)
+
+
+@SOLVERS
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_skips_samples_that_are_not_finite(solver: object, masked: bool, value: float) -> None:
+    cost, mask = torch.rand(2, 3, 4, 4), torch.ones(2, 3, 4, dtype=torch.bool)
+    mask[..., -1] = not masked
+    options = {"col_mask": mask if masked else None, "nonfinite": "skip", "solver": solver}
+    whole = linear_assignment(cost, **options)  # no warning
+    bad = cost.clone()
+    bad[0, 1, 2, 0] = bad[1, 2] = value
+    with pytest.warns(RuntimeWarning, match=r"in sample \(0, 1\), sample \(1, 2\): left unmatched") as warned:
+        assigned = linear_assignment(bad, **options)
+    assert len(warned) == 1
+    assert (assigned[0, 1] == -1).all()
+    assert (assigned[1, 2] == -1).all()
+    finite = bad.isfinite().all(-1).all(-1)
+    assert torch.equal(assigned[finite], whole[finite])
+
+
+def test_skips_samples_without_an_assignment() -> None:
+    cost = torch.rand(4, 3, 3)
+    cost[1, 0] = torch.inf
+    with pytest.warns(RuntimeWarning, match="in sample 1: left unmatched"):
+        assigned = linear_assignment(cost, nonfinite="skip")
+    assert (assigned >= 0).all(1).tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize("solver", ["scipy", full_solver])
+def test_options_compile(solver: object) -> None:
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(cost: Tensor) -> tuple[Tensor, ...]:
+        assigned = linear_assignment(cost, maximize=True, rows_per_column=2, nonfinite="skip", solver=solver)
+        return assigned, *matched_indices(assigned)
+
+    cost = torch.rand(3, 4, 2)
+    cost[1, 0, 0] = torch.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assigned = linear_assignment(cost, maximize=True, rows_per_column=2, nonfinite="skip", solver=solver)
+        for actual, expected in zip(compiled(cost), (assigned, *matched_indices(assigned)), strict=True):
+            assert torch.equal(actual, expected)
+    assert (assigned[1] == -1).all()
 
 
 def test_choice_of_solver(monkeypatch: pytest.MonkeyPatch) -> None:

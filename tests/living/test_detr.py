@@ -22,31 +22,28 @@ charged = sum_costs(
     on_channels(partial(box_cost, fmt="cxcywh"), BOX, weight=2.0),
 )
 matched_by = sum_costs(charged, on_channels(probability_cost, CLASS))
-box_loss = HungarianLoss(charged, matching_cost=matched_by, presence="none", reduction="none")
+box_loss = HungarianLoss(charged, matching_cost=matched_by, presence="none", average_over="batch")
 
 
 def detr_loss(logits: Tensor, boxes: Tensor, target_boxes: Tensor, classes: Tensor, mask: Tensor) -> Tensor:
     """Of all K layers, (K, B, N, ...), with padded targets (B, M, ...); the last class is "no object"."""
     pred, one_hot = torch.cat([boxes, logits], -1), F.one_hot(classes, logits.shape[-1])
-    per_set, matching = box_loss(pred, torch.cat([target_boxes, one_hot], -1), target_mask=mask, return_matching=True)
-    count = mask.sum(1)
-    of_boxes = (per_set * count).sum() / count.sum().clamp(min=1)
-    return of_boxes + len(logits) * matched_cross_entropy(logits, classes, matching)
+    target = torch.cat([target_boxes, one_hot], -1)
+    of_boxes, matching = box_loss(pred, target, target_mask=mask, return_matching=True)
+    return len(logits) * (of_boxes + matched_cross_entropy(logits, classes, matching))  # the sum over layers
 
 
 # docs]
 focal_matched_by = sum_costs(charged, on_channels(focal_cost, CLASS, weight=2.0))
-focal_box_loss = HungarianLoss(charged, matching_cost=focal_matched_by, presence="none", reduction="none")
+focal_box_loss = HungarianLoss(charged, matching_cost=focal_matched_by, presence="none", average_over="batch")
 
 
 def deformable_detr_loss(logits: Tensor, boxes: Tensor, target_boxes: Tensor, classes: Tensor, mask: Tensor) -> Tensor:
     """The same with focal loss: there is no class "no object"."""
     pred, one_hot = torch.cat([boxes, logits], -1), F.one_hot(classes, logits.shape[-1])
     target = torch.cat([target_boxes, one_hot], -1)
-    per_set, matching = focal_box_loss(pred, target, target_mask=mask, return_matching=True)
-    count = mask.sum(1)
-    of_boxes = (per_set * count).sum() / count.sum().clamp(min=1)
-    return of_boxes + len(logits) * matched_focal_loss(logits, classes, matching)
+    of_boxes, matching = focal_box_loss(pred, target, target_mask=mask, return_matching=True)
+    return len(logits) * (of_boxes + matched_focal_loss(logits, classes, matching))
 
 
 LABELS = 5

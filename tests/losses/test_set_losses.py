@@ -1,5 +1,7 @@
 """What Hungarian and Chamfer loss have in common; what is each one's own is in its own file."""
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -22,7 +24,7 @@ DOUBLE = {"dtype": torch.float64}
 LOSSES = {"hungarian": (hungarian_loss, oracles.hungarian_loss), "chamfer": (chamfer_loss, oracles.chamfer_loss)}
 
 name = pytest.mark.parametrize("name", LOSSES)
-PRESENCES = ["feature", "bce", "none"]
+PRESENCES = ["feature", "bce", "logits", "none"]
 presence = pytest.mark.parametrize("presence", PRESENCES)
 kind = pytest.mark.parametrize("kind", ["huber", "mse", "l1"])
 
@@ -140,7 +142,7 @@ def test_absent_targets_are_never_seen(name: str, presence: str, value: float) -
 
 
 @name
-@pytest.mark.parametrize("presence", ["bce", "none"])
+@pytest.mark.parametrize("presence", ["bce", "logits", "none"])
 def test_more_padding_changes_nothing(name: str, presence: str) -> None:
     loss, _ = LOSSES[name]
     pred, target, pred_mask, target_mask = random_sets(3, 9, 5)
@@ -200,7 +202,7 @@ def test_without_targets(
 
 
 @name
-@pytest.mark.parametrize("presence", ["bce", "none"])  # with the mask as a feature, absent targets are matched too
+@pytest.mark.parametrize("presence", PRESENCES[1:])  # with the mask as a feature, absent targets are matched too
 def test_what_a_cost_makes_of_the_unmatched_is_not_seen(name: str, presence: str) -> None:
     """A cost that is NaN, or has a NaN gradient, at the zeros of absent targets."""
     loss, _ = LOSSES[name]
@@ -417,3 +419,44 @@ def test_what_is_matched_by_need_not_see_the_mask(name: str) -> None:
     inputs = random_sets(2, 5, 5)
     value = loss(*inputs, matching_cost=on_channels("l1", [0, 1]))
     assert torch.autograd.grad(value, inputs[2])[0].any()
+
+
+@name
+def test_logits_may_be_of_any_size(name: str) -> None:
+    """Where probabilities would have rounded to 0 and 1; an infinite one that is right costs nothing."""
+    loss, _ = LOSSES[name]
+    pred, target = torch.tensor([[[0.0], [9.0]]], **DOUBLE), torch.zeros(1, 1, 1, **DOUBLE)
+    for right in (800.0, torch.inf):
+        mask = torch.tensor([[right, -right]], **DOUBLE, requires_grad=True)
+        value = loss(pred, target, mask, presence="logits")
+        assert value == 0
+        assert torch.equal(torch.autograd.grad(value, mask)[0], torch.zeros_like(mask))
+    mask = torch.tensor([[-800.0, 800.0]], **DOUBLE, requires_grad=True)
+    if name == "hungarian":
+        value = loss(pred, target, mask, presence="logits")
+        assert value == 800
+        assert torch.autograd.grad(value, mask)[0].tolist() == [[-0.5, 0.5]]
+    with pytest.raises(ValueError, match="`pred_mask` must be given with presence='logits', got None"):
+        loss(pred, target, presence="logits")
+    assert "presence='logits', presence_weight=1.0" in repr(HungarianLoss(presence="logits"))
+
+
+@pytest.mark.parametrize(("loss", "function"), [(HungarianLoss, hungarian_loss), (ChamferLoss, chamfer_loss)])
+def test_options_are_attributes_of_the_module(loss: type[nn.Module], function: Callable[..., Tensor]) -> None:
+    """They are what the function is called with, now and after a change, in a subclass and in a copy."""
+
+    class Own(loss):
+        def __init__(self, weight: float) -> None:
+            super().__init__("l1", presence="bce", presence_weight=weight)
+            self.own = nn.Linear(1, 1)
+
+    inputs = [x.detach() for x in random_sets(2, 4, 4)]
+    for module in (Own(2.0), copy.deepcopy(Own(2.0)), pickle.loads(pickle.dumps(loss("l1", presence="bce")))):
+        module.presence_weight, module.reduction = 3.0, "sum"
+        options = {"cost": "l1", "presence": "bce", "presence_weight": 3.0, "reduction": "sum"}
+        assert {name: getattr(module, name) for name in options} == options
+        assert "cost='l1', presence='bce', presence_weight=3.0, reduction='sum'" in repr(module)
+        torch.testing.assert_close(module(*inputs), function(*inputs, **options))
+        module.scaler = StandardScaler(2)
+        assert "scaler=StandardScaler(2)" in repr(module)
+        assert not any("scaler" in name for name in module.state_dict())
