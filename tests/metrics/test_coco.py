@@ -50,44 +50,41 @@ def random_images(batch: int, n: int, m: int, classes: int, *, ties: bool) -> di
     }
 
 
-def pycocotools(images: dict[str, Tensor], kind: str = "bbox", **params: object) -> list[float]:
-    """What the COCO tool says: its own list of numbers, -1 where it has none."""
+def as_coco(images: dict[str, Tensor], kind: str = "bbox") -> tuple[object, object]:
+    """The same images as the COCO tool wants them: truth and results."""
     coco = pytest.importorskip("pycocotools.coco")
-    evaluation = pytest.importorskip("pycocotools.cocoeval")
-    names = {"bbox": "bbox", "keypoints": "keypoints"}
     truth, found = coco.COCO(), []
-    labels = images["target_class"].unique().tolist() + images["pred_class"].unique().tolist()
+    labels = {0, *images["target_class"].flatten().tolist(), *images["pred_class"].flatten().tolist()}
     truth.dataset = {
         "images": [{"id": b} for b in range(len(images["pred"]))],
-        "categories": [{"id": c} for c in sorted({*labels, 0})],
+        "categories": [{"id": c} for c in sorted(labels)],
         "annotations": [],
     }
 
     def described(elements: Tensor) -> dict[str, object]:
         if kind == "keypoints":
             points = elements[:-1].tolist()
-            x, y = points[0::3], points[1::3]
-            box = [min(x), min(y), max(x) - min(x), max(y) - min(y)]
-            return {"keypoints": points, "num_keypoints": sum(v > 0 for v in points[2::3]), "bbox": box}
+            return {"keypoints": points, "num_keypoints": sum(v > 0 for v in points[2::3])}
         x, y, right, bottom = elements.tolist()
         return {"bbox": [x, y, right - x, bottom - y]}
 
     for b, j in images["target_mask"].nonzero().tolist():
-        identity = {"id": len(truth.dataset["annotations"]) + 1, "image_id": b, "iscrowd": 0}
+        identity = {"id": len(truth.dataset["annotations"]) + 1, "image_id": b, "iscrowd": 0, "bbox": [0, 0, 0, 0]}
         label = {"category_id": images["target_class"][b, j].item(), "area": images["target_size"][b, j].item()}
         truth.dataset["annotations"].append(identity | label | described(images["target"][b, j]))
     for b, i in images["pred_mask"].nonzero().tolist():
         entry = {"image_id": b, "category_id": images["pred_class"][b, i].item(), "score": images["score"][b, i].item()}
         found.append(entry | described(images["pred"][b, i]))
-    if kind == "keypoints":
-        for entry in found:
-            del entry["bbox"]
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
-        results = truth.loadRes(found) if found else coco.COCO()
-        run = evaluation.COCOeval(truth, results, names[kind])
-        for name, value in params.items():
-            setattr(run.params, name, value)
+        return truth, truth.loadRes(found) if found else coco.COCO()
+
+
+def pycocotools(images: dict[str, Tensor], kind: str = "bbox") -> list[float]:
+    """What the COCO tool says: its own list of numbers, -1 where it has none."""
+    evaluation = pytest.importorskip("pycocotools.cocoeval")
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = evaluation.COCOeval(*as_coco(images, kind), kind)
         run.evaluate()
         run.accumulate()
         run.summarize()
