@@ -86,10 +86,14 @@ def _divided(x: Tensor, y: Tensor) -> Tensor:
     return x / y.masked_fill(y < torch.finfo(y.dtype).tiny, 1)
 
 
-def _iou_and_union(a: Edges, b: Edges, pixel: float = 0.0) -> tuple[Tensor, Tensor]:
+def _overlap(a: Edges, b: Edges, pixel: float = 0.0) -> Tensor:
     width = torch.minimum(a[2], b[2]) - torch.maximum(a[0], b[0])
     height = torch.minimum(a[3], b[3]) - torch.maximum(a[1], b[1])
-    overlap = ((width + pixel) * (height + pixel)).where((width >= 0) & (height >= 0), 0)
+    return ((width + pixel) * (height + pixel)).where((width >= 0) & (height >= 0), 0)
+
+
+def _iou_and_union(a: Edges, b: Edges, pixel: float = 0.0) -> tuple[Tensor, Tensor]:
+    overlap = _overlap(a, b, pixel)
     areas = [(w + pixel) * (h + pixel) for w, h in (_sides(a), _sides(b))]
     union = areas[0] + areas[1] - overlap
     return _divided(overlap, union), union
@@ -123,6 +127,13 @@ def box_iou(x: Tensor, y: Tensor, *, pixel: float = 0.0) -> Tensor:
     """
     check_at_least("pixel", pixel, 0)
     return _iou_and_union(*_edges(x, y), pixel)[0]
+
+
+def box_coverage(x: Tensor, y: Tensor) -> Tensor:
+    """Which part of each x lies in each y, (B, N, M): COCO's measure for regions of crowds."""
+    a, b = _edges(x, y)
+    width, height = _sides(a)
+    return _divided(_overlap(a, b), width * height)
 
 
 def generalized_box_iou(x: Tensor, y: Tensor) -> Tensor:

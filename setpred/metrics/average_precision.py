@@ -72,7 +72,7 @@ def _rank_in_class(label: Tensor) -> Tensor:
 
 
 def _match(
-    closeness: Tensor, exists: Tensor, ignored: Tensor, thresholds: Tensor, *, free: bool, far: bool
+    closeness: Tensor, exists: Tensor, ignored: Tensor, crowd: Tensor, thresholds: Tensor, *, free: bool, far: bool
 ) -> tuple[Tensor, Tensor]:
     """Say which predictions are right, and which found a target that is ignored, both (T, B, N).
 
@@ -83,6 +83,7 @@ def _match(
         closeness: Shape ``(B, N, M)``.
         exists: Shape ``(B, N)``.
         ignored: Shape ``(B, M)``.
+        crowd: Which of those can be found again and again, shape ``(B, M)``.
         thresholds: Shape ``(T,)``.
         free: Whether a prediction looks only for targets that are not taken.
         far: Whether it takes its target even where that is too far to be right, which is closer than the threshold.
@@ -97,7 +98,7 @@ def _match(
     rows = able.byte().argsort(dim=1, descending=True, stable=True)[:, : int(able.sum(1).max())]
     able, closeness = able.gather(1, rows), closeness.take_along_dim(rows.unsqueeze(2), 1)
     taken = right.new_zeros(count, batch, m)
-    some_ignored = bool(ignored.any())
+    some_ignored, some_crowd = bool(ignored.any()), bool(crowd.any())
     found, passed = (right.new_zeros(count, batch, rows.shape[1]) for _ in range(2))
     for k in range(rows.shape[1]):
         here = closeness[:, k].expand_as(taken)
@@ -121,6 +122,8 @@ def _match(
         found[:, :, k] = could & near & ~passed[:, :, k]
         takes = could if far else could & near
         taken.scatter_(2, best.unsqueeze(2), (was_taken | takes).unsqueeze(2))
+        if some_crowd:
+            taken &= ~crowd
     rows = rows.expand(count, -1, -1)
     return right.scatter(2, rows, found), right.scatter(2, rows, passed)
 
@@ -321,6 +324,7 @@ class AveragePrecision:
         target_class: Tensor | None = None,
         pred_ignored: Tensor | None = None,
         target_ignored: Tensor | None = None,
+        target_crowd: Tensor | None = None,
     ) -> None:
         """Judge a batch of sets.
 
@@ -339,6 +343,8 @@ class AveragePrecision:
                 ``(B, N)``; None means none.
             target_ignored: Which targets need not be found: whoever finds one is neither right nor wrong (but looks
                 for another first, with ``matching="best free"``). Shape ``(B, M)``.
+            target_crowd: Which targets stand for many: they are ignored, and found by any number of predictions. Shape
+                ``(B, M)``.
 
         Raises:
             ValueError: If a shape is wrong, a score that counts is NaN, a mask holds others than 0 and 1, or only one
@@ -354,25 +360,27 @@ class AveragePrecision:
         exists = as_presence("pred_mask", pred_mask, pred)
         present = as_presence("target_mask", target_mask, target)
         label, wanted = _as_classes(pred, target, pred_class, target_class)
-        passable, ignored = (
+        passable, ignored, crowd = (
             torch.zeros_like(mask) if given is None else as_presence(name, given, elements)
             for name, given, elements, mask in (
                 ("pred_ignored", pred_ignored, pred, exists),
                 ("target_ignored", target_ignored, target, present),
+                ("target_crowd", target_crowd, target, present),
             )
         )
+        ignored = ignored | crowd
         if bool((score.isnan() & exists).any()):
             raise ValueError("`score` must not be NaN")
         batch = len(pred)
         if self._first_only:
             pred, score, exists, label, passable = (x[:1] for x in (pred, score, exists, label, passable))
-            target, present, wanted, ignored = (x[:1] for x in (target, present, wanted, ignored))
+            target, present, wanted, ignored, crowd = (x[:1] for x in (target, present, wanted, ignored, crowd))
         target = target.masked_fill(~present.unsqueeze(-1), 0)
         if self.ties == "together":
             pred, score, exists, label, passable = _in_order_of_values(pred, score, exists, label, passable)
-            target, present, wanted, ignored = _in_order_of_values(target, present, wanted, ignored)
+            target, present, wanted, ignored, crowd = _in_order_of_values(target, present, wanted, ignored, crowd)
         elif self.matching == "best free" and not self._takes_far:  # of equally close targets, COCO takes the last
-            target, present, wanted, ignored = (x.flip(1) for x in (target, present, wanted, ignored))
+            target, present, wanted, ignored, crowd = (x.flip(1) for x in (target, present, wanted, ignored, crowd))
         closeness = self.rule(pred, target)
         expected = (*pred.shape[:2], target.shape[1])
         check_tensor("rule(pred, target)", closeness)
@@ -391,6 +399,7 @@ class AveragePrecision:
             closeness,
             exists,
             ignored,
+            crowd,
             sign * self.thresholds.view(-1).to(pred.device),
             free=self.matching == "best free",
             far=self._takes_far,

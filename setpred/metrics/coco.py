@@ -1,17 +1,30 @@
 """The numbers of the COCO evaluation, of boxes or of other elements."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from setpred._checks import check_shape, check_tensor
-from setpred.functional.boxes import box_convert, box_iou
+from setpred._checks import as_presence, check_shape, check_tensor
+from setpred.functional.boxes import box_convert, box_coverage, box_iou
 from setpred.metrics.average_precision import AveragePrecision, Rule
 
 COCO_SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, torch.inf)}
+
+
+@dataclass(frozen=True)
+class _WithCrowds:
+    """A rule for elements whose last channel says what is a crowd: of boxes there, the part inside of it counts."""
+
+    rule: Rule
+
+    def __call__(self, pred: Tensor, target: Tensor) -> Tensor:
+        pred, elements, crowd = pred[..., :-1], target[..., :-1], target[..., -1].unsqueeze(1) > 0
+        closeness = self.rule(pred, elements)
+        return torch.where(crowd, box_coverage(pred, elements), closeness) if self.rule is box_iou else closeness
 
 
 class CocoAveragePrecision:
@@ -19,8 +32,7 @@ class CocoAveragePrecision:
 
     Means over the thresholds 0.5, 0.55 to 0.95 and over classes, of the precision at 101 recalls; for elements of each
     range of sizes (:class:`AveragePrecision` ignores those outside of it), and for the highest scores of each image and
-    class. The numbers are those of pycocotools, but NaN instead of -1 where there is no target. Regions of crowds are
-    not known here.
+    class. The numbers are those of pycocotools, but NaN instead of -1 where there is no target.
 
     Args:
         rule: Closeness of all pairs, as for :class:`AveragePrecision`; :func:`keypoint_similarity` for keypoints.
@@ -49,13 +61,15 @@ class CocoAveragePrecision:
         max_predictions: Sequence[int] = (1, 10, 100),
         sizes: Mapping[str, tuple[float, float]] = COCO_SIZES,
     ) -> None:
+        if not callable(rule):
+            raise TypeError(f"`rule` must be callable, got {rule!r}")
         if not max_predictions:
             raise ValueError(f"`max_predictions` must be at least one number, got {max_predictions!r}")
         self.sizes = dict(sizes)
 
         def judge(most: int) -> AveragePrecision:
             return AveragePrecision(
-                rule,
+                _WithCrowds(rule),
                 thresholds=np.linspace(0.5, 0.95, 10).tolist(),
                 matching="best free",
                 ties="in order",
@@ -88,6 +102,7 @@ class CocoAveragePrecision:
         pred_mask: Tensor | None = None,
         pred_size: Tensor | None = None,
         target_size: Tensor | None = None,
+        target_crowd: Tensor | None = None,
     ) -> None:
         """Judge a batch of images, in float64.
 
@@ -102,6 +117,8 @@ class CocoAveragePrecision:
             pred_size: Area of each prediction, shape ``(B, N)``; None: that of the box.
             target_size: Area of each target, shape ``(B, M)``, such as that of its segment, as in COCO's annotations;
                 None: that of the box.
+            target_crowd: Which targets are regions of many objects (``iscrowd``), bool or float {0, 1}, shape
+                ``(B, M)``: a box inside of one is neither right nor wrong.
 
         Raises:
             ValueError: If a shape is wrong, a score that counts is NaN, or a mask holds others than 0 and 1.
@@ -109,7 +126,13 @@ class CocoAveragePrecision:
             RuntimeError: Inside of a transform of ``torch.func``, such as ``vmap``.
         """
         pred, score, target = _in_double("pred", pred), _in_double("score", score), _in_double("target", target)
+        check_shape("pred", pred, "B", "N", "C")
+        check_shape("target", target, pred.shape[0], "M", pred.shape[2])
         sides = [_sizes("pred", pred, pred_size), _sizes("target", target, target_size)] if self.sizes else []
+        crowd = torch.zeros_like(target[..., 0]) if target_crowd is None else target_crowd
+        crowd = as_presence("target_crowd", crowd, target)
+        pred = torch.cat([pred, torch.zeros_like(pred[..., :1])], -1)
+        target = torch.cat([target, crowd.unsqueeze(-1)], -1)
         for part, bounds in [
             *((part, None) for part in self._limited.values()),
             *((part, self.sizes[name]) for name, part in self._sized.items()),
@@ -126,6 +149,7 @@ class CocoAveragePrecision:
                 target_class=target_class,
                 pred_ignored=pred_ignored,
                 target_ignored=target_ignored,
+                target_crowd=crowd,
             )
 
     def compute(self) -> dict[str, float]:

@@ -63,7 +63,7 @@ def test_coco_beside_pycocotools_and_torchmetrics(classes: int) -> None:
             found, there = images["pred_mask"][b], images["target_mask"][b]
             names = {"boxes": "pred", "scores": "score", "labels": "pred_class"}
             preds = {name: images[of][b][found] for name, of in names.items()}
-            names = {"boxes": "target", "labels": "target_class", "area": "target_size"}
+            names = {"boxes": "target", "labels": "target_class", "area": "target_size", "iscrowd": "target_crowd"}
             metric.update([preds], [{name: images[of][b][there] for name, of in names.items()}])
         numbers["torchmetrics"] = metric.compute()["map"].item()
 

@@ -149,6 +149,7 @@ def test_no_order_matters_with_classes_and_what_is_ignored(
     sets = random_sets(batch, n, m, 2) | {
         "pred_ignored": torch.rand(batch, n) < 0.3,
         "target_ignored": torch.rand(batch, m) < 0.3,
+        "target_crowd": torch.rand(batch, m) < 0.2,
     }
     sets |= {name: sets[name].mul(3).round() for name in ("pred", "target", "score")}
     options = {"matching": matching, "max_predictions": 2, "thresholds": (0.0, 1.0)}

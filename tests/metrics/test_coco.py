@@ -47,6 +47,7 @@ def random_images(batch: int, n: int, m: int, classes: int, *, ties: bool) -> di
         "target_mask": torch.rand(batch, m) < 0.8,
         "pred_mask": torch.rand(batch, n) < 0.9,
         "target_size": area,
+        "target_crowd": torch.rand(batch, m) < 0.15,
     }
 
 
@@ -69,7 +70,8 @@ def as_coco(images: dict[str, Tensor], kind: str = "bbox") -> tuple[object, obje
         return {"bbox": [x, y, right - x, bottom - y]}
 
     for b, j in images["target_mask"].nonzero().tolist():
-        identity = {"id": len(truth.dataset["annotations"]) + 1, "image_id": b, "iscrowd": 0, "bbox": [0, 0, 0, 0]}
+        identity = {"id": len(truth.dataset["annotations"]) + 1, "image_id": b, "bbox": [0, 0, 0, 0]}
+        identity["iscrowd"] = int(images["target_crowd"][b, j])
         label = {"category_id": images["target_class"][b, j].item(), "area": images["target_size"][b, j].item()}
         truth.dataset["annotations"].append(identity | label | described(images["target"][b, j]))
     for b, i in images["pred_mask"].nonzero().tolist():
@@ -186,6 +188,7 @@ def test_empty() -> None:
     metric.update(**{name: value[:0] for name, value in images.items()})
     metric.update(**images | {"target_mask": torch.zeros(2, 2)})
     assert all(math.isnan(value) for value in metric.compute().values())
+    images["target_crowd"].zero_()
     metric.update(**images | {"pred_mask": torch.zeros(2, 3), "target_mask": torch.ones(2, 2)})
     assert metric.compute()["AP"] == metric.compute()["AR100"] == 0
     metric.reset()
@@ -223,6 +226,7 @@ def test_merging() -> None:
         (TypeError, "`pred_class` must be a tensor of dtype int64", {"pred_class": torch.rand(2, 3)}),
         (ValueError, r"`target_class` must have shape \(2, 5\)", {"target_class": torch.zeros(2, 3).long()}),
         (ValueError, r"`target_size` must have shape \(2, 5\)", {"target_size": torch.rand(2, 3)}),
+        (ValueError, "`target_crowd` must be bool or hold only 0", {"target_crowd": torch.full((2, 5), 0.5)}),
         (ValueError, "`score` must not be NaN", {"score": torch.full((2, 3), torch.nan)}),
         (ValueError, "`pred_size` must be given", {"pred": torch.rand(2, 3, 5), "target": torch.rand(2, 5, 5)}),
     ],
