@@ -107,7 +107,8 @@ def box_iou(x: Tensor, y: Tensor, *, pixel: float = 0.0) -> Tensor:
     Also a rule for :class:`setpred.metrics.AveragePrecision`. Computed in float32 at least.
 
     Args:
-        x: Boxes as left, top, right, bottom, shape ``(B, N, 4)``; see :func:`box_convert`.
+        x: Boxes as left, top, right, bottom, shape ``(B, N, 4)``; see
+            :func:`~setpred.functional.box_convert`.
         y: Boxes, shape ``(B, M, 4)``.
         pixel: Added to every width and height, of intersections too; 1 for boxes in whole pixels.
 
