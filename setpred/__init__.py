@@ -19,6 +19,8 @@ from setpred.losses import (
     chamfer_loss,
     earth_mover_distance,
     hungarian_loss,
+    matched_cross_entropy,
+    matched_focal_loss,
     representation_loss,
     sinkhorn_loss,
 )
@@ -51,6 +53,8 @@ __all__ = [
     "SinkhornLoss",
     "sinkhorn_loss",
     "earth_mover_distance",
+    "matched_cross_entropy",
+    "matched_focal_loss",
     "RepresentationLoss",
     "representation_loss",
     "DSPNLoss",

@@ -56,11 +56,22 @@ def check_real_tensor(name: str, value: object) -> None:
 def check_shape(name: str, value: Tensor, *shape: int | str) -> None:
     """Raise unless ``value`` is a floating tensor of ``shape``: ints are exact sizes, strings are free ones."""
     check_tensor(name, value)
+    _check_sizes(name, value, shape)
+
+
+def _check_sizes(name: str, value: Tensor, shape: tuple[int | str, ...]) -> None:
     if value.dim() != len(shape) or any(
         isinstance(size, int) and size != came for size, came in zip(shape, value.shape, strict=True)
     ):
         expected = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
         raise ValueError(f"`{name}` must have shape ({expected}), got {_described(value)}")
+
+
+def check_integers(name: str, value: object, *shape: int | str) -> None:
+    """Raise unless ``value`` is an int64 tensor of ``shape``, given as to :func:`check_shape`."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        raise TypeError(f"`{name}` must be a tensor of dtype int64, got {_described(value)}")
+    _check_sizes(name, value, shape)
 
 
 def check_channels(name: str, value: Tensor, channels: int) -> None:

@@ -353,6 +353,32 @@ def box_iou(a: Tensor, b: Tensor, pixel: float = 0.0) -> float:
     return float(shared / (sum(areas) - shared))
 
 
+def box_overlap(a: Tensor, b: Tensor, kind: str) -> Tensor:
+    """IoU, generalised, distance- or complete IoU of two boxes that have areas, with a graph."""
+    shared = [max(min(a[i + 2], b[i + 2]) - max(a[i], b[i]), a.new_zeros(())) for i in (0, 1)]
+    hull = [max(a[i + 2], b[i + 2]) - min(a[i], b[i]) for i in (0, 1)]
+    (width, height), (other_width, other_height) = ((box[2] - box[0], box[3] - box[1]) for box in (a, b))
+    union = width * height + other_width * other_height - shared[0] * shared[1]
+    iou = shared[0] * shared[1] / union
+    if kind == "iou":
+        return iou
+    if kind == "giou":
+        return iou - (hull[0] * hull[1] - union) / (hull[0] * hull[1])
+    centres = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
+    diou = iou - (centres[0] ** 2 + centres[1] ** 2) / (hull[0] ** 2 + hull[1] ** 2)
+    if kind == "diou":
+        return diou
+    v = 4 / math.pi**2 * ((width / height).arctan() - (other_width / other_height).arctan()) ** 2
+    alpha = 0.0 if v == 0 else (v / (1 - iou + v)).item()  # a number: it has no gradient
+    return diou - alpha * v
+
+
+def focal(logit: Tensor, there: bool, alpha: float, gamma: float) -> Tensor:
+    """Focal loss of one logit."""
+    p = 1 / (1 + (-logit).exp())
+    return -alpha * (1 - p) ** gamma * p.log() if there else -(1 - alpha) * p**gamma * (1 - p).log()
+
+
 def right_predictions(
     closeness: Callable[[int, int], float], order: Sequence[int], targets: Sequence[int], least: float, matching: str
 ) -> dict[int, bool]:

@@ -134,6 +134,18 @@ def judge_more(metric: AveragePrecision, channels: int = 4) -> Tensor:
     return metric.compute()
 
 
+def numbers(metric: metrics.CocoAveragePrecision) -> Tensor:
+    return torch.tensor(list(metric.compute().values()))
+
+
+def judge_images(metric: metrics.CocoAveragePrecision) -> Tensor:
+    pred, score, target = inputs((B, N, 4), (B, N), (B, N, 4))
+    classes = torch.arange(B * N).view(B, N) % 2
+    metric.reset()
+    metric.update(pred, score, classes, target, classes)
+    return numbers(metric)
+
+
 def steps_of(rule: StepRule) -> object:
     (y,) = inputs((B, N))
     return descend(lambda y: y.square().sum(1), y, steps=3, lr=rule, record=True)
@@ -201,6 +213,8 @@ def things() -> Iterator[tuple[str, Case]]:
     )
 
     yield "on_channels", Case(on_channels("mse", range(2), weight=0.5), compare_all_pairs)
+    box = on_channels(partial(functional.box_cost, kind="diou", fmt="cxcywh"), slice(0, 4))
+    yield "on_channels:options", Case(box, compare_all_pairs)
     yield "sum_costs", Case(sum_costs("l1", on_channels(cross_entropy_cost, [0, -1])), compare_all_pairs)
 
     presets = {
@@ -215,6 +229,12 @@ def things() -> Iterator[tuple[str, Case]]:
         used = copy.deepcopy(metric)
         used.update(*inputs((B, N, channels), (B, N), (B, N, channels)))
         yield f"AveragePrecision:{name}, used", Case(used, compute)
+
+    coco = metrics.CocoAveragePrecision(max_predictions=(1, 5))
+    yield "CocoAveragePrecision", Case(coco, judge_images)
+    coco = copy.deepcopy(coco)
+    judge_images(coco)
+    yield "CocoAveragePrecision:used", Case(coco, numbers)
 
     elements, mask, more = inputs((B, N, C), (B, N), (3, B, N, C))
     trajectory = Trajectory(more, more[..., 0], more[:2, :, 0, 0], more[:2, :, 0, 1])

@@ -93,6 +93,11 @@ def sets() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.rand(2, 5, 3), torch.rand(2, 4, 3), torch.rand(2, 5), presence(2, 4)
 
 
+def matched() -> tuple[Tensor, Tensor]:
+    """Classes of targets (3, 4), and matchings (2, 3, 5) with them."""
+    return torch.arange(12).view(3, 4) % 3, torch.arange(30).view(2, 3, 5) % 5 - 1
+
+
 class Outer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -116,6 +121,16 @@ def measured(make: Callable[[], metrics.AveragePrecision], channels: int) -> Cal
 
     target = torch.rand(2, 4, channels)
     return called(run, torch.cat([target, target], 1), torch.rand(2, 8), target, presence(2, 4))
+
+
+def of_coco() -> Call:
+    def run(boxes: Tensor, score: Tensor, classes: Tensor) -> Tensor:
+        metric = metrics.CocoAveragePrecision()
+        metric.update(boxes, score, classes, boxes, classes)
+        return torch.tensor(list(metric.compute().values()), dtype=torch.float64, device=boxes.device)
+
+    classes = presence(2, 4).long()
+    return called(run, torch.rand(2, 4, 4), torch.rand(2, 4), classes)
 
 
 # By public name, and what is particular to the case after a comma.
@@ -184,6 +199,19 @@ CASES: dict[str, Case] = {
     "sum_costs": lambda: called(functional.sum_costs("huber", "l1"), *sets()[:2]),
     "on_channels": lambda: called(functional.on_channels("huber", [0, 2], weight=2.0), *sets()[:2]),
     "cross_entropy_cost": lambda: called(functional.cross_entropy_cost, *sets()[:2]),
+    **{
+        name: lambda name=name: called(getattr(functional, name), torch.randn(2, 5, 3), torch.eye(3).expand(2, 3, 3))
+        for name in ("probability_cost", "focal_cost")
+    },
+    "box_convert": lambda: called(functional.box_convert, torch.rand(2, 5, 4), "cxcywh", "xyxy"),
+    **{
+        name: lambda name=name: called(getattr(functional, name), torch.rand(2, 5, 4), torch.rand(2, 3, 4))
+        for name in ("box_iou", "generalized_box_iou", "distance_box_iou", "complete_box_iou", "box_cost")
+    },
+    **{
+        name: lambda name=name: called(getattr(setpred, name), torch.rand(2, 3, 5, 4), *matched())
+        for name in ("matched_cross_entropy", "matched_focal_loss")
+    },
     "linear_assignment": lambda: called(functional.linear_assignment, torch.rand(2, 5, 4), col_mask=presence(2, 4)),
     "matched_indices": lambda: called(functional.matched_indices, torch.arange(6).view(2, 3) % 4 - 1),
     "matched_pairs": lambda: called(functional.matched_pairs, torch.arange(6).view(2, 3) % 4 - 1),
@@ -202,14 +230,19 @@ CASES: dict[str, Case] = {
         tol=0.1,
     ),
     "descend": lambda: called(functional.descend, lambda y: y.square().sum(1), torch.rand(2, 3), steps=3, lr=0.1),
-    "box_iou": lambda: called(metrics.box_iou, torch.rand(2, 5, 4), torch.rand(2, 3, 4)),
     "attribute_distance": lambda: called(
         metrics.attribute_distance, torch.rand(2, 5, 7), torch.rand(2, 3, 7), coordinates=2, groups=(2, 3)
     ),
     "point_f_score": lambda: called(metrics.point_f_score, *sets()[:2], threshold=0.3, target_mask=presence(2, 4)),
+    "keypoint_similarity": lambda: called(
+        metrics.keypoint_similarity, torch.rand(2, 5, 7), torch.rand(2, 3, 7), sigmas=(0.1, 0.2)
+    ),
+    "cardinality_error": lambda: called(metrics.cardinality_error, torch.rand(2, 5), presence(2, 4)),
+    "matching_accuracy": lambda: called(metrics.matching_accuracy, torch.rand(2, 3, 5, 4), *matched()),
     "average_precision": lambda: called(
         metrics.average_precision, torch.rand(2, 5, 4), torch.rand(2, 5), torch.rand(2, 3, 4), recall_points=11
     ),
+    "CocoAveragePrecision": of_coco,
     "AveragePrecision, boxes": lambda: measured(metrics.AveragePrecision.dspn_boxes, 4),
     "AveragePrecision, state": lambda: measured(metrics.AveragePrecision.dspn_state, 18),
     "AveragePrecision, idspn": lambda: measured(metrics.AveragePrecision.idspn_state, 18),
@@ -225,6 +258,7 @@ NEED_VALUES = (
     "average_precision",
     "AveragePrecision",
     "point_f_score",
+    "CocoAveragePrecision",
 )
 WITHOUT_VALUES = pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(NEED_VALUES)])
 

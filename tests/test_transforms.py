@@ -29,6 +29,8 @@ from setpred import (
     earth_mover_distance,
     functional,
     hungarian_loss,
+    matched_cross_entropy,
+    matched_focal_loss,
     metrics,
     on_channels,
     pad_sets,
@@ -45,6 +47,7 @@ from setpred.functional import (
     entropic_transport,
     euclidean_cost,
     exact_transport,
+    focal_cost,
     linear_assignment,
     matched_indices,
     matched_pairs,
@@ -52,10 +55,11 @@ from setpred.functional import (
     paired_cost,
     pairwise_cost,
     piecewise_linear,
+    probability_cost,
     sort_pool,
     sort_unpool,
 )
-from setpred.metrics import AveragePrecision, attribute_distance, average_precision, box_iou
+from setpred.metrics import AveragePrecision, attribute_distance, average_precision
 from tests.rules import paper_decoder, recipe
 
 # One untrained decoder is called more than a hundred times.
@@ -133,6 +137,12 @@ def of_losses() -> Iterator[tuple[str, Case]]:
     )
     yield "earth_mover_distance", Case(earth_mover_distance, points)
     yield "earth_mover_distance:huber", Case(lambda *a: earth_mover_distance(*a, cost="huber"), points[:2])
+    classes, matching = torch.randint(C - 1, (V, B, M)), torch.randint(-1, M, (V, 2, B, N))
+    for loss, reduction in product((matched_cross_entropy, matched_focal_loss), ("mean", "none")):
+        yield (
+            f"{loss.__name__}:{reduction}",
+            Case(lambda *a, f=loss, r=reduction: f(*a, reduction=r), (normal(2, B, N, C), classes, matching)),
+        )
     for kind, reduction in product(("huber", "mse"), ("mean", "none")):
         yield (
             f"representation_loss:{kind}, {reduction}",
@@ -174,6 +184,8 @@ def of_functions() -> Iterator[tuple[str, Case]]:
         yield f"pairwise_cost:large, {cost}", Case(lambda x, y, c=cost: pairwise_cost(x, y, c), far, False)
         yield f"nearest_neighbours:large, {cost}", Case(lambda x, y, c=cost: nearest_neighbours(x, y, c), far, False)
     yield "cross_entropy_cost", Case(cross_entropy_cost, (x, y.softmax(-1)))
+    yield "probability_cost", Case(probability_cost, (x, y.softmax(-1)))
+    yield "focal_cost", Case(focal_cost, (x, y.softmax(-1)))
     yield "sum_costs", Case(sum_costs("mse", on_channels("l1", [0])), (x, y))
     cost = normal(B, N, M)
     yield (
@@ -233,7 +245,18 @@ def of_functions() -> Iterator[tuple[str, Case]]:
     yield "pad_sets", Case(lambda *sets: pad_sets(sets), (normal(2, C), normal(4, C), normal(0, C)))
     yield "pad_sets:size", Case(lambda *sets: pad_sets(sets, 7), (normal(2, C), normal(4, C)))
     boxes = torch.cat([soft(B, N, 2), 1 + soft(B, N, 2)], -1)
-    yield "box_iou", Case(box_iou, (boxes, boxes.flip(2)))
+    others = torch.cat([soft(B, M, 2), 1 + soft(B, M, 2)], -1)
+    yield "box_convert", Case(lambda x: functional.box_convert(x, "xyxy", "cxcywh"), (boxes,))
+    for name in ("box_iou", "generalized_box_iou", "distance_box_iou", "complete_box_iou", "box_cost"):
+        yield name, Case(getattr(functional, name), (boxes, others))
+    points, others = normal(B, N, 7), normal(B, M, 7).abs()
+    yield (
+        "keypoint_similarity",
+        Case(lambda x, y: metrics.keypoint_similarity(x, y, sigmas=(0.2, 0.3)), (points, others)),
+    )
+    yield "cardinality_error", Case(metrics.cardinality_error, (soft(2, B, N), y_mask), differentiable=False)
+    classes, matching = torch.randint(C, (V, B, M)), torch.randint(0, M, (V, 2, B, N))
+    yield "matching_accuracy", Case(metrics.matching_accuracy, (normal(2, B, N, C), classes, matching), False)
     yield (
         "attribute_distance",
         Case(
@@ -325,7 +348,8 @@ def test_nothing_public_is_forgotten() -> None:
     public = {*setpred.__all__, *functional.__all__, *metrics.__all__} - {"functional", "metrics"}
     types = {"SetPrediction", "Trajectory", "Diagnosis", "SetEncoder", "Transport", "Descent", "StepRule", "Gradient"}
     functions_as_modules = {"HungarianLoss", "ChamferLoss", "SinkhornLoss", "RepresentationLoss"}
-    refused = {"unpad_sets", "matched_pairs", "AveragePrecision", "average_precision", "LSTMDecoder"}
+    refused = {"unpad_sets", "matched_pairs", "LSTMDecoder"}
+    refused |= {"AveragePrecision", "CocoAveragePrecision", "average_precision"}
     assert {name.split(":")[0] for name in CASES} == public - types - functions_as_modules - refused
 
 

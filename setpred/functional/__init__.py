@@ -2,6 +2,15 @@
 
 from setpred.functional.argsort import argsort_descending
 from setpred.functional.assignment import linear_assignment, matched_indices, matched_pairs
+from setpred.functional.boxes import (
+    box_convert,
+    box_cost,
+    box_iou,
+    complete_box_iou,
+    distance_box_iou,
+    generalized_box_iou,
+)
+from setpred.functional.classes import focal_cost, probability_cost
 from setpred.functional.descent import Descent, descend
 from setpred.functional.nearest import nearest_neighbours
 from setpred.functional.pairwise import (
@@ -28,6 +37,14 @@ __all__ = [
     "on_channels",
     "cross_entropy_cost",
     "euclidean_cost",
+    "probability_cost",
+    "focal_cost",
+    "box_convert",
+    "box_iou",
+    "generalized_box_iou",
+    "distance_box_iou",
+    "complete_box_iou",
+    "box_cost",
     "linear_assignment",
     "matched_pairs",
     "matched_indices",

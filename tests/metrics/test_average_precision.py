@@ -19,6 +19,14 @@ DOUBLE = {"dtype": torch.float64}
 MATCHINGS = ["best", "best free", "best free, taken"]
 
 
+def precision_of(*sets: Tensor, matching: str, target_mask: Tensor, pred_mask: Tensor, **options: object) -> Tensor:
+    """Average precision, with the matching of iDSPN's preset too."""
+    metric = AveragePrecision(matching=matching.removesuffix(", taken"), **options)
+    metric._takes_far = matching.endswith(", taken")
+    metric.update(*sets, target_mask=target_mask, pred_mask=pred_mask)
+    return metric.compute()
+
+
 def random_boxes(batch: int, n: int) -> Tensor:
     corner = torch.rand(batch, n, 2, **DOUBLE)
     return torch.cat([corner, corner + 0.2 + torch.rand(batch, n, 2, **DOUBLE)], -1)
@@ -65,7 +73,7 @@ def test_equals_the_formula(average: str, matching: str, batch: int, n: int, m: 
     pred, score, target, target_mask, pred_mask = random_detections(batch, n, m)
     thresholds = (0.3, 0.5, 0.8)
     garbage = target.masked_fill(~target_mask.unsqueeze(-1), torch.nan)
-    actual = average_precision(
+    actual = precision_of(
         pred,
         score,
         garbage,
@@ -266,11 +274,11 @@ def test_no_order_matters_with_ties_together(
     score = torch.randint(0, 3, (batch, n)) / 2
     masks = {"target_mask": torch.rand(batch, m) < 0.8, "pred_mask": torch.rand(batch, n) < 0.8}
     options = {"thresholds": (0.3, 0.5, 0.7, 1.0), "matching": matching, "rule": rule, "average": average}
-    value = average_precision(pred, score, target, **masks, **options)
+    value = precision_of(pred, score, target, **masks, **options)
     for _ in range(3):
         b = torch.randperm(batch)
         i, j = (torch.rand(batch, size).argsort(1) for size in (n, m))  # another order in each set
-        actual = average_precision(
+        actual = precision_of(
             pred[b].take_along_dim(i.unsqueeze(2), 1),
             score[b].gather(1, i),
             target[b].take_along_dim(j.unsqueeze(2), 1),
@@ -416,13 +424,21 @@ def test_scores_that_do_not_count_may_be_nan() -> None:
         {"ties": "in order"},
         {"average": "sets"},
         {"recall_points": 11},
-        {"first_only": True},
+        {"max_predictions": 100},
     ],
     ids=str,
 )
 def test_merges_only_what_is_configured_alike(option: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=f"`others` must have the options .*{next(iter(option))}"):
         AveragePrecision().merge(AveragePrecision(), AveragePrecision(**option))
+
+
+def test_presets_merge_with_their_own_kind_only() -> None:
+    alike = AveragePrecision.idspn_state()
+    options = {name: getattr(alike, name) for name in ("thresholds", "largest", "matching", "ties", "average")}
+    with pytest.raises(ValueError, match=r"`others` must have the options .*_first_only"):
+        AveragePrecision(alike.rule, **options).merge(alike)
+    alike.merge(AveragePrecision.idspn_state())
 
 
 def test_a_later_change_of_the_thresholds_given_changes_nothing() -> None:
