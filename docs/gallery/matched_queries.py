@@ -72,5 +72,4 @@ plt.show()
 
 # %%
 # The second object has two queries. The better box says the wrong class: matched by boxes alone, it is told to change
-# its class; matched by both, the other one is told to move
-# a little. Where each object has two queries, both are told.
+# its class; matched by both, the other one is told to move a little. Where each object has two queries, both are told.
