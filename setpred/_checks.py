@@ -19,7 +19,7 @@ def in_transform() -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export` runs. Asked by its public name, torch.compile says so of itself too, before PyTorch 2.14."""
+    """Whether `torch.export` runs; by the public name, before PyTorch 2.14, torch.compile says so of itself too."""
     return torch.compiler._is_exporting_flag
 
 
