@@ -69,9 +69,12 @@ def entropic_transport(
 
     ``rho`` makes it unbalanced: mass may also be destroyed and created, where to transport it would cost more. Instead
     of the constraints, :math:`\rho \operatorname{KL}(\pi 1 | a) + \rho \operatorname{KL}(\pi^\top 1 | b)` is added.
+    Where one of the sides has no mass, that of the other is destroyed: the value is rho times it, and its potentials
+    are infinite.
 
     Found by Sinkhorn's iterations; during the first of them, epsilon falls from the largest cost of the sample. The
-    value has the first derivatives that it has once converged, by the cost the plan. Computed in float32 at least.
+    value has the first derivatives that it has once converged, by the cost the plan; a second one is an error.
+    Computed in float32 at least.
     ``torch.compile`` takes it as one operator.
 
     Args:
@@ -81,7 +84,8 @@ def entropic_transport(
         col_weight: Weights b, shape ``(B, M)``. None is the transport of a set onto itself: the columns weigh as the
             rows, and the cost must be symmetric, which is not looked at. An iteration is half the work then.
         epsilon: Strength of the entropy, in units of the cost.
-        iters: Number of iterations, with ``tol`` the most there are. The smaller epsilon, the more are needed.
+        iters: Number of iterations, with ``tol`` the most there are. The more, the smaller epsilon is beside the costs:
+            100 bring random points of a unit square or cube to an error of about 0.001, and values to one of 2e-5.
         tol: If given, a sample is done once its ``error`` is at most this, and iterations end when all are. That is
             looked at every 20 iterations or oftener, and waits for the device. Float32 may not reach less than some
             1e-7 times the largest cost over epsilon.
@@ -93,6 +97,7 @@ def entropic_transport(
     Raises:
         ValueError: If a shape is wrong or a number is out of its range.
         TypeError: If a dtype is not floating, or ``iters`` no integer.
+        RuntimeError: If a second derivative is taken.
 
     Example:
         >>> cost, half = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]]), torch.full((1, 2), 0.5)
@@ -114,27 +119,106 @@ def entropic_transport(
     check_transport(epsilon, iters, tol, rho)
     dtype = common_dtype(cost, row_weight, col_weight)
     cost, row_weight, col_weight = cost.to(dtype), row_weight.to(dtype), col_weight.to(dtype)
-    cost = cost.masked_fill((row_weight == 0).unsqueeze(2) | (col_weight == 0).unsqueeze(1), 0)
+    cost = without_absent(cost, row_weight, col_weight)
+    return transport_of(cost, row_weight, None if symmetric else col_weight, epsilon, iters, tol, rho)
+
+
+def without_absent(cost: Tensor, row_weight: Tensor, col_weight: Tensor) -> Tensor:
+    """Costs with those of what does not exist set to 0."""
+    return cost.masked_fill((row_weight == 0).unsqueeze(2) | (col_weight == 0).unsqueeze(1), 0)
+
+
+def transport_of(
+    cost: Tensor,
+    row_weight: Tensor,
+    col_weight: Tensor | None,
+    epsilon: float,
+    iters: int,
+    tol: float | None,
+    rho: float | None,
+) -> Transport:
+    """:func:`entropic_transport` of what has been checked, in one dtype and :func:`without_absent`."""
     # Detached, because forward-mode differentiation sees through no_grad.
-    c, a, b = cost.detach(), row_weight.detach(), col_weight.detach()
+    c, a = cost.detach(), row_weight.detach()
+    b = a if col_weight is None else col_weight.detach()
     with torch.no_grad():
+        mass_a, mass_b = a.sum(1, keepdim=True), b.sum(1, keepdim=True)
+        full_a, full_b = a, b
+        if rho is not None:  # where a side has nothing, costs are 0: any weights do
+            nothing = (mass_a == 0) | (mass_b == 0)
+            full_a, full_b = a.masked_fill(nothing, 1), b.masked_fill(nothing, 1)
         # An operator of our own cannot be exported.
         solve = _iterate if _exporting() else torch.ops.setpred.entropic_transport.default
-        plan, f, g = solve(c, a, None if symmetric else b, epsilon, iters, tol, rho)
+        plan, f, g = solve(c, full_a, None if col_weight is None else full_b, epsilon, iters, tol, rho)
         if rho is None:
             wanted, by_a, by_b = a, f, g
             value = (a * f).sum(1) + (b * g).sum(1)
         else:
+            plan = plan.masked_fill(nothing.unsqueeze(2), 0)
+            f, g = (torch.where(nothing, torch.where(x > 0, torch.inf, 0), p) for x, p in ((a, f), (b, g)))
             lost_a, lost_b = -torch.expm1(-f / rho), -torch.expm1(-g / rho)  # shares of the weights
-            mass_a, mass_b = a.sum(1, keepdim=True), b.sum(1, keepdim=True)
             wanted = a * (1 - lost_a)
             by_a = rho * lost_a - epsilon * (1 - lost_a - mass_b)
             by_b = rho * lost_b - epsilon * (1 - lost_b - mass_a)
             value = rho * ((a * lost_a).sum(1) + (b * lost_b).sum(1))
             value = value - epsilon * (plan.sum((1, 2)) - (mass_a * mass_b).squeeze(1))
         error = (plan.sum(2) - wanted).abs().sum(1)
+    cost, row_weight = _once(cost), _once(row_weight)
+    col_weight = row_weight if col_weight is None else _once(col_weight)
     derivative = (plan * cost).sum((1, 2)) + (by_a * row_weight).sum(1) + (by_b * col_weight).sum(1)
     return Transport(value + (derivative - derivative.detach()), plan, f, g, error)
+
+
+def _once(x: Tensor) -> Tensor:
+    """The same, but a second derivative by it is an error: the plan, the first one, is held fixed."""
+    if torch.compiler.is_compiling():  # compiled functions have none anyway
+        return x
+    once: Tensor = _Once.apply(x, x[:, :0].clone())
+    return once
+
+
+class _Once(torch.autograd.Function):
+    """Identity, with a gradient that depends on where it was taken: on a tensor without elements, to keep no memory."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, _: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Refuse.apply(grad, *ctx.saved_tensors), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Tensor) -> Tensor:
+        once: Tensor = _Refuse.apply(tangent, *ctx.saved_tensors)
+        return once
+
+
+class _Refuse(torch.autograd.Function):
+    """Identity in the first argument, without a derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, _: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        raise RuntimeError("entropic transport (the Sinkhorn loss) has no second derivative: it differentiates once")
+
+    jvp = backward
 
 
 def _exporting() -> bool:
@@ -167,7 +251,7 @@ def _blocks(cost: Tensor, epsilon: float, iters: int) -> Iterator[tuple[int, Ten
     first = min(max(iters // 10, 1), 10)  # length of the blocks that lower epsilon
     stages = min(iters // (2 * first), 16)  # how many there are
     # Logarithm of what epsilon is multiplied by. Faster than by 4 a block it falls only if there are too few blocks.
-    excess = (cost.abs().amax((1, 2)) / epsilon).clamp(min=1).log().unsqueeze(1)
+    excess = (torch.maximum(cost.amax((1, 2)), -cost.amin((1, 2))) / epsilon).clamp(min=1).log().unsqueeze(1)
     rate = (excess / max(stages, 1)).clamp(min=math.log(4))
     reached = torch.zeros_like(excess, dtype=torch.bool)
     index, left = 0, iters - 1
