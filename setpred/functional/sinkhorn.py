@@ -155,7 +155,8 @@ def transport_of(
             value = (a * f).sum(1) + (b * g).sum(1)
         else:
             plan = plan.masked_fill(nothing.unsqueeze(2), 0)
-            f, g = (torch.where(nothing, torch.where(x > 0, torch.inf, 0), p) for x, p in ((a, f), (b, g)))
+            f, g = f.masked_fill(nothing, 0), g.masked_fill(nothing, 0)
+            f, g = f.masked_fill(nothing & (a > 0), torch.inf), g.masked_fill(nothing & (b > 0), torch.inf)
             lost_a, lost_b = -torch.expm1(-f / rho), -torch.expm1(-g / rho)  # shares of the weights
             wanted = a * (1 - lost_a)
             by_a = rho * lost_a - epsilon * (1 - lost_a - mass_b)

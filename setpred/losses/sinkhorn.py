@@ -111,8 +111,8 @@ def sinkhorn_loss(
             the divergence it must be symmetric. Where it is known to be, as those named are and what
             :func:`~setpred.functional.pairwise.on_channels` makes of them, the divergence takes less time.
         epsilon: Strength of the entropy, in units of the cost.
-        iters: Number of Sinkhorn iterations, with ``tol`` the most there are; the defaults are right for elements of about unit
-            size, see :func:`~setpred.functional.sinkhorn.entropic_transport`.
+        iters: Number of Sinkhorn iterations, with ``tol`` the most there are; the defaults are right for elements of
+            about unit size, see :func:`~setpred.functional.sinkhorn.entropic_transport`.
         tol: If given, iterations end once the plans are as near to converged as this; see
             :func:`~setpred.functional.sinkhorn.entropic_transport`.
         rho: If given, transport is unbalanced: an element may stay without a partner, in full or in part, at about this
