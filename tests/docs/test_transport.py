@@ -45,7 +45,8 @@ def test_geomloss_potentials() -> None:
     loss = geomloss.SamplesLoss(
         "sinkhorn", p=2, blur=0.5, scaling=0.995, debias=False, potentials=True, backend="tensorized"
     )
-    _, found = sinkhorn_loss(x, y, cost=half_squared, epsilon=0.25, presence="none", debias=False, return_transport=True)
+    options = {"cost": half_squared, "epsilon": 0.25, "presence": "none", "debias": False}
+    _, found = sinkhorn_loss(x, y, return_transport=True, **options)
     for ours, theirs in zip(found[2:4], loss(x, y), strict=True):
         centred = [z.view(3, -1) - z.view(3, -1).mean(1, keepdim=True) for z in (ours, theirs)]
         torch.testing.assert_close(*centred, rtol=0, atol=1e-4)
