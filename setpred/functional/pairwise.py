@@ -274,6 +274,15 @@ def channels_seen(cost: Cost, channels: int) -> frozenset[int]:
     return frozenset(range(channels))
 
 
+def is_symmetric(cost: Cost) -> bool:
+    """Say whether a cost is known not to depend on which set is which."""
+    if isinstance(cost, _Sum):
+        return all([is_symmetric(part) for part in cost.costs])  # noqa: C419 (Dynamo knows no generators here)
+    if isinstance(cost, _OnChannels):
+        return is_symmetric(cost.cost)
+    return not callable(cost) or cost is euclidean_cost
+
+
 def by_name(x: Tensor, y: Tensor, cost: Cost) -> tuple[Tensor, Tensor, Cost]:
     """Sets and a cost that order pairs alike, by a name, of which more is known, where ``cost`` is one on channels."""
     if isinstance(cost, _OnChannels) and cost.weight > 0:

@@ -24,6 +24,7 @@ from setpred import (
     matched_cross_entropy,
     on_channels,
     pad_sets,
+    sinkhorn_loss,
     unpad_sets,
 )
 from setpred.functional import assignment, matched_pairs
@@ -114,6 +115,7 @@ CALLS: list[Callable[[], object]] = [
     lambda: linear_assignment(torch.full((4, 10, 10), torch.nan).index_fill(0, torch.arange(3), 0.0)),
     lambda: linear_assignment(torch.full((1, 2, 2), torch.inf)),
     lambda: earth_mover_distance(torch.tensor([0, torch.nan]).view(2, 1, 1).expand(2, 3, 1), torch.rand(2, 4, 1)),
+    lambda: torch.func.hessian(lambda pred: sinkhorn_loss(pred, sets))(sets),
     lambda: hungarian_loss(torch.rand(1, 2, 6), torch.rand(1, 2, 6), cost=eight_to_twelve, presence="none"),
     lambda: GradientDescent(1.0, nesterov=True),
     lambda: decoder(lr="fast"),

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.func import grad, jvp, vmap
 
 from setpred.functional.pairwise import pairwise_cost
 from setpred.functional.sinkhorn import Transport, entropic_transport
@@ -228,6 +229,8 @@ def test_compiles_as_one_operator() -> None:
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_exported_without_an_operator_of_ours(strict: bool) -> None:
+    if strict and torch.__version__ < "2.11":  # a TorchVersion, which compares as versions do
+        pytest.skip("there, strict export cannot be told from torch.compile")
     inputs, module = problem(), Both(12)
     exported = torch.export.export(module, inputs, strict=strict)
     graphs = [str(part.graph) for part in exported.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
@@ -268,3 +271,120 @@ def test_refusals() -> None:
         entropic_transport(*inputs[:2], inputs[1])
     with pytest.raises(TypeError, match="`cost` must have a floating dtype"):
         entropic_transport(inputs[0].long(), *inputs[1:])
+
+
+@settings(max_examples=30)
+@given(
+    n=st.integers(1, 5),
+    kind=st.sampled_from(["mse", "l1", "huber", "any"]),
+    epsilon=st.floats(0.05, 2.0),
+    rho=st.one_of(st.none(), st.floats(0.02, 30.0)),
+    absent=st.booleans(),
+    tol=st.booleans(),
+)
+def test_onto_itself_is_the_general_transport(
+    n: int, kind: str, epsilon: float, rho: float | None, absent: bool, tol: bool
+) -> None:
+    """Also for costs whose kernel has negative eigenvalues, where it converges more slowly."""
+    x, (_, a, _) = torch.randn(2, n, 3, **DOUBLE), problem(2, n, 1)
+    cost = torch.rand(2, n, n, **DOUBLE) if kind == "any" else pairwise_cost(x, x, kind)
+    cost = cost + cost.mT
+    a = a if rho is None else 1.5 * a
+    if absent:
+        cost, a = nn.functional.pad(cost, (1, 0, 1, 0), value=torch.nan), nn.functional.pad(a, (1, 0))
+    inputs = [z.requires_grad_() for z in (cost, a)]
+    options = {"epsilon": epsilon, "iters": 5000, "rho": rho}
+    found, expected = (
+        entropic_transport(*inputs, tol=1e-12 if tol else None, **options),
+        entropic_transport(*inputs, a, **options),
+    )
+    assert (found.error < 1e-11).all()
+    torch.testing.assert_close(found.plan, found.plan.mT, **EXACT)
+    right = expected.error < 1e-13  # within these iterations, it does not always converge
+    gradients = [torch.autograd.grad(x.value.sum(), inputs) for x in (found, expected)]
+    gradients = [(by_cost, by_a * (a > 0)) for by_cost, by_a in gradients]  # of what does not exist, it is arbitrary
+    for one, other in zip(
+        (found.value, found.plan, *gradients[0]), (expected.value, expected.plan, *gradients[1]), strict=True
+    ):
+        torch.testing.assert_close(one[right], other[right], **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rho", [None, 1e-3, 1e3])
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-2, 1e3])
+def test_onto_itself_extreme_numbers_stay_numbers(epsilon: float, rho: float | None, dtype: torch.dtype) -> None:
+    cost = (torch.rand(4, 9, 9, dtype=dtype) * 4).pow(10) / 1e2
+    cost, a = cost + cost.mT, torch.randn(4, 9, dtype=dtype).mul(9).softmax(1)
+    for iters in (1, 5, 100, 400):
+        found = entropic_transport(cost, a, epsilon=epsilon, rho=rho, iters=iters)
+        assert all(x.isfinite().all() for x in found)
+        if rho is None:
+            torch.testing.assert_close(found.plan.sum(1), a, rtol=1e-3, atol=1e-6)
+
+
+def test_onto_itself_half_the_work_converges_sooner() -> None:
+    x = torch.rand(4, 60, 2, **DOUBLE)
+    cost, (a, _) = pairwise_cost(x, x, "mse"), uniform(4, 60, 60, **DOUBLE)
+    own, general = (entropic_transport(cost, a, *b, epsilon=0.01, iters=20).error for b in ((), (a,)))
+    assert (own < general / 10).all()
+
+
+@pytest.mark.parametrize("tol", [None, 1e-5])
+def test_a_side_without_mass_is_destroyed(tol: float | None) -> None:
+    """Beside samples that have some, which it leaves alone."""
+    cost, a, b = problem(4, 3, 5)
+    a, b = 2 * a, b.clone()
+    a[1], b[2], a[3], b[3], b[1, 0] = 0, 0, 0, 0, 0
+    inputs = [x.requires_grad_() for x in (cost, a, b)]
+    solve = partial(entropic_transport, epsilon=0.1, rho=0.7, iters=500, tol=tol)
+    found = solve(*inputs)
+    value = found.value.detach()
+    torch.testing.assert_close(value[1:], 0.7 * torch.stack([b[1].sum(), a[2].sum(), b[3].sum()]).detach(), **EXACT)
+    assert not found.plan[1:].any()
+    assert not found.error[1:].any()
+    assert found.col_potential[1].tolist() == [0] + 4 * [torch.inf]
+    assert found.row_potential[1].tolist() == 3 * [0]
+    by_cost, by_a, by_b = torch.autograd.grad(found.value.sum(), inputs)
+    assert not by_cost[1:].any()
+    torch.testing.assert_close(by_b[1, 1:], torch.full((4,), 0.7, **DOUBLE), **EXACT)
+    torch.testing.assert_close(by_a[2], torch.full((3,), 0.7, **DOUBLE), **EXACT)
+    assert all(x.isfinite().all() for x in (by_a, by_b))
+    for one, batched in zip(solve(*(x[:1] for x in inputs)), found, strict=True):
+        torch.testing.assert_close(one, batched[:1], **EXACT)
+    nearly = solve(cost[1:2], torch.full_like(a[1:2], 1e-26), b[1:2])  # the limit
+    torch.testing.assert_close(nearly.value.detach(), value[1:2], rtol=0, atol=1e-9)
+    onto_itself = entropic_transport(torch.rand(1, 3, 3), torch.zeros(1, 3), rho=1.0)
+    assert not any(x.any() for x in onto_itself)
+
+
+SECOND = {
+    "twice": lambda f, x: grad(lambda x: grad(f)(x).square().sum())(x),
+    "reverse of forward": lambda f, x: grad(lambda x: jvp(f, (x,), (x.cos(),))[1])(x),
+    "forward of reverse": lambda f, x: jvp(grad(f), (x,), (x.cos(),)),
+    "forward of forward": lambda f, x: jvp(lambda x: jvp(f, (x,), (x.cos(),))[1], (x,), (x.cos(),)),
+    "of each sample": lambda f, x: vmap(lambda x: grad(lambda x: grad(f)(x).square().sum())(x))(x.unsqueeze(0)),
+}
+
+
+@rhos
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+@pytest.mark.parametrize("way", SECOND)
+@pytest.mark.parametrize("place", [0, 1, 2, "itself"])
+def test_second_derivatives_are_refused(way: str, place: int | str, rho: float | None) -> None:
+    """Those of a value that holds the plan fixed would be wrong."""
+    inputs = [*problem()]
+    if place == "itself":
+        inputs, place = [torch.rand(3, 4, 4, **DOUBLE), inputs[1]], 0
+
+    def value(x: Tensor) -> Tensor:
+        return entropic_transport(*inputs[:place], x, *inputs[place + 1 :], rho=rho).value.square().sum()
+
+    first, forward = grad(value)(inputs[place]), jvp(value, (inputs[place],), (inputs[place].cos(),))[1]
+    torch.testing.assert_close((first * inputs[place].cos()).sum(), forward, **EXACT)
+    with pytest.raises(RuntimeError, match="no second derivative: it differentiates once"):
+        SECOND[way](value, inputs[place])
+    if way == "twice":
+        x = inputs[place].requires_grad_()
+        (first,) = torch.autograd.grad(value(x), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative: it differentiates once"):
+            first.sum().backward()
