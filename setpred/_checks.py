@@ -18,6 +18,11 @@ def in_transform() -> bool:
     return torch._C._are_functorch_transforms_active()  # the only private name: there is no public one
 
 
+def is_exporting() -> bool:
+    """Whether `torch.export` runs; by the public name, before PyTorch 2.14, torch.compile says so of itself too."""
+    return torch.compiler._is_exporting_flag
+
+
 def explained(name: str, reason: str) -> AbstractContextManager[object]:
     """Where PyTorch refuses what is inside of this in a transform, name the function and say why."""
     return _explaining(name, reason) if in_transform() else nullcontext()

@@ -1,5 +1,7 @@
 """What every set encoder is: the protocol, and what the encoders of this library share."""
 
+from __future__ import annotations  # torch.compile cannot evaluate the annotations of nested functions
+
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 

@@ -1,5 +1,7 @@
 """PooledEncoder: every element by itself through an MLP, then a pool."""
 
+from __future__ import annotations  # torch.compile cannot evaluate the annotations of nested functions
+
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -7,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from setpred._checks import check_count
+from setpred._checks import check_count, is_exporting
 from setpred.encoders.base import EncoderBase, Pull, are_plain, relu_backward
 from setpred.encoders.pool import PoolName
 from setpred.encoders.scaling import Scaling
@@ -92,7 +94,7 @@ class PooledEncoder(EncoderBase):
         # alike. Samples of whole 16 bytes, because rounding goes by alignment too.
         batch, size, channels = x.shape
         columns = size + -size % 4
-        together = 1 if torch.compiler.is_exporting() else max(64 // columns, 1)  # a graph is for every batch size
+        together = 1 if is_exporting() else max(64 // columns, 1)  # a graph is for every batch size
         products = (batch + together - 1) // together
         x = F.pad(x, (0, 0, 0, columns - size, 0, products * together - batch))
         inputs = [x.view(products, together * columns, channels).mT.contiguous()]

@@ -1,5 +1,7 @@
 """RelationEncoder: every pair of elements through an MLP, then a pool."""
 
+from __future__ import annotations  # torch.compile cannot evaluate the annotations of nested functions
+
 from collections.abc import Callable
 
 import torch

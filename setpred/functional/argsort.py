@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from setpred._checks import is_exporting
+
 
 def argsort_descending(values: Tensor) -> Tensor:
     """Rank the last dimension from the largest to the smallest; equal values keep their order.
@@ -20,7 +22,7 @@ def argsort_descending(values: Tensor) -> Tensor:
     values = values.detach()
     # torch.sort on the CPU has no vectorised kernel; this takes a third to a sixth of its time, as measured by
     # tests/benchmarks/test_sort.py. An op of our own cannot be exported.
-    if values.device.type == "cpu" and values.dtype == torch.float32 and not torch.compiler.is_exporting():
+    if values.device.type == "cpu" and values.dtype == torch.float32 and not is_exporting():
         order: Tensor = _argsort_float32(values)
         return order
     return torch.sort(values, dim=-1, descending=True, stable=True).indices

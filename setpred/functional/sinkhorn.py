@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from setpred._checks import check_count, check_finite, check_positive, check_shape
+from setpred._checks import check_count, check_finite, check_positive, check_shape, is_exporting
 from setpred.functional._batching import in_front
 from setpred.functional._precision import common_dtype, full_precision
 
@@ -113,7 +113,7 @@ def entropic_transport(
     c, a, b = cost.detach(), row_weight.detach(), col_weight.detach()
     with torch.no_grad():
         # An operator of our own cannot be exported.
-        solve = _iterate if _exporting() else torch.ops.setpred.entropic_transport.default
+        solve = _iterate if is_exporting() else torch.ops.setpred.entropic_transport.default
         plan, f, g = solve(c, a, b, epsilon, iters, tol, rho)
         if rho is None:
             wanted, by_a, by_b = a, f, g
@@ -129,11 +129,6 @@ def entropic_transport(
         error = (plan.sum(2) - wanted).abs().sum(1)
     derivative = (plan * cost).sum((1, 2)) + (by_a * row_weight).sum(1) + (by_b * col_weight).sum(1)
     return Transport(value + (derivative - derivative.detach()), plan, f, g, error)
-
-
-def _exporting() -> bool:
-    """Say so of torch.export alone: PyTorch 2.7's torch.compile takes is_exporting() for true too."""
-    return torch.compiler._is_exporting_flag
 
 
 def _soft_min(
@@ -210,7 +205,7 @@ def _iterate(
             if tol is not None and index > 0:
                 sums, wanted = ((last[0] - f) / eps).exp(), 1 if rho is None else (-last[0] / rho).exp()
                 done = done | (at_epsilon & ((a * (sums - wanted).abs()).sum(1, keepdim=True) <= tol))
-                if not _exporting() and bool(done.all()):
+                if not is_exporting() and bool(done.all()):
                     f, g = last
                     break
             f = damped(f, eps)
