@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.utils import _pytree as pytree
 
-from setpred._checks import check_at_least, check_choice, check_count, check_tensor, in_transform
+from setpred._checks import check_at_least, check_choice, check_count, check_tensor, in_transform, is_exporting
 from setpred.functional._precision import common_dtype
 from setpred.functional._recompute import Recompute
-from setpred.functional.step import Gradient, Point, StepRule, as_rule, per_sample
+from setpred.functional.step import Gradient, GradientDescent, Point, PolyakDescent, StepRule, as_rule, per_sample
 
 Y = TypeVar("Y", Tensor, tuple[Tensor, ...])
 
@@ -219,7 +219,7 @@ def descend(
     Source: Zhang et al. (NeurIPS 2019), equation 5; implicit: Zhang et al. (ICLR 2022), section 3.
     """
     check_count("steps", steps)
-    rule = as_rule(lr)
+    rule: StepRule = as_rule(lr)
     check_choice("differentiate", differentiate, ("unrolled", "implicit"))
     if tol is not None:
         check_at_least("tol", tol, -math.inf)
@@ -277,7 +277,28 @@ def descend(
 
     look = not torch.compiler.is_compiling() and not in_transform()  # at values
 
+    def run_loop(y: Point, steps: int) -> tuple[Point, Any]:
+        """As run(), of which one step is compiled, whatever their number."""
+
+        def body(done: Tensor, y: Point, state: Any) -> tuple[Tensor, Point, Any]:
+            y, state, _, _ = step(y, state, args)
+            return done + 1, *_laid_out((y, state))
+
+        start = torch.zeros((), dtype=torch.int64)
+        carried = (start, *_laid_out((y, rule.init(y))))
+        looped = torch.while_loop(lambda done, y, state: done < steps, body, carried)  # type: ignore[no-untyped-call]
+        return looped[1], looped[2]
+
     def run(y: Point, steps: int) -> tuple[Point, Any]:
+        if (
+            torch.compiler.is_dynamo_compiling()
+            and not is_exporting()
+            and not (torch.is_grad_enabled() or record or in_transform())
+            and y[0].device.type == "cpu"  # elsewhere the loop would wait for the device at every step
+            and type(rule) in (GradientDescent, PolyakDescent)  # one of the user's may do what a loop cannot
+            and value_and_grad(packed(y), *args) is not None  # so may an encoder
+        ):
+            return run_loop(y, steps)
         take = Recompute(step) if checkpoint else step
         state, given, rows = rule.init(y), args, None  # of the samples under way; None: all of them
         whole: tuple[Any, ...] = (y, state)
@@ -322,6 +343,11 @@ def descend(
         return Descent(packed(y), None, None, None)
     trajectory = tuple(torch.stack(parts) for parts in zip(*points, strict=True))
     return Descent(packed(y), packed(trajectory), torch.stack(losses), torch.stack(norms))
+
+
+def _laid_out(whole: Any) -> Any:
+    """Copies in one layout, which stays the same from step to step."""
+    return pytree.tree_map(lambda x: x.clone(memory_format=torch.contiguous_format), whole)
 
 
 def _take(whole: Any, rows: Tensor) -> Any:

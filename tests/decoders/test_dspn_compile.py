@@ -90,6 +90,71 @@ def test_training_with_every_option() -> None:
     assert_trains_the_same(decoder)
 
 
+LOOPED: dict[str, dict[str, Any]] = {
+    "recommended": {},
+    "every option": {
+        "lr": GradientDescent(1.0, momentum=0.9, nesterov=True, grad_clip=0.1),
+        "tol": 0.01,
+        "anchor": 0.1,
+        "project": lambda elements, mask: (elements.clamp(0, 1), mask),
+        "scaler": StandardScaler(2).fit(torch.tensor([[[0.0, 1.0], [2.0, 5.0]]])),
+    },
+    "no mask": {"mask_clamp": None},
+    "several starts": {"starts": 3},
+}
+
+
+@pytest.mark.parametrize("options", LOOPED.values(), ids=LOOPED)
+@pytest.mark.parametrize("make_encoder", [PooledEncoder, RelationEncoder])
+def test_steps_without_a_graph(make_encoder: type[nn.Module], options: dict[str, Any]) -> None:
+    """Those of implicit training and of inference are one step in a loop, from the same random starts."""
+    decoder = DSPNDecoder.recommended(make_encoder(2, Z, 16), iters=5, set_size=5, channels=2, **options)
+    compiled, z = torch.compile(decoder, fullgraph=True, backend="aot_eager"), torch.randn(3, Z, requires_grad=True)
+    results = []
+    for decode in (decoder, compiled):
+        torch.manual_seed(0)
+        elements, mask, _ = decode(z)
+        inputs = [z, *decoder.encoder.parameters()]
+        results.append([elements, mask, *torch.autograd.grad(elements.square().sum() + mask.sum(), inputs)])
+        with torch.no_grad():
+            results[-1] += decode(z.detach())[:2]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_one_step_is_compiled_whatever_their_number(train: bool) -> None:
+    sizes = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        parts = [part for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
+        sizes.append(sum(len(part.graph.nodes) for part in parts))
+        return graph
+
+    for iters in (4, 9):
+        decoder = DSPNDecoder.recommended(PooledEncoder(2, Z, 16), iters=iters, set_size=5, channels=2)
+        with torch.set_grad_enabled(train):
+            torch.compile(decoder, fullgraph=True, backend=backend)(torch.randn(3, Z))
+    assert len(sizes) == 2
+    assert sizes[0] == sizes[1]
+
+
+class Counting(PooledEncoder):
+    """An encoder that a loop cannot hold: it changes what is outside of it."""
+
+    calls = 0
+
+    def forward(self, elements: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        self.calls += 1
+        return super().forward(elements, mask)
+
+
+def test_what_is_the_users_is_not_in_a_loop() -> None:
+    decoder = DSPNDecoder.recommended(Counting(2, Z, 16), iters=4, set_size=5, channels=2).eval()
+    with torch.no_grad():
+        torch.compile(decoder, fullgraph=True, backend="eager")(torch.randn(3, Z), iters=4)
+    assert decoder.encoder.calls == 4
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("make_encoder", [PooledEncoder, RelationEncoder])
 def test_inference(make_encoder: type[nn.Module], mode: Any) -> None:
