@@ -111,8 +111,8 @@ def _plan(cost: NDArray[np.float64]) -> NDArray[np.float64]:
     index = np.concatenate([places // m, n + places % m]), np.tile(places, 2)
     sums = csc_array((np.ones(2 * n * m), index), shape=(n + m, n * m))
     wanted = np.repeat([float(m), float(n)], [n, m])
-    # HiGHS is exact to 1e-7 in absolute terms: costs are brought to the scale of 1, and those that it takes for equal are
-    # told apart by solving again for what the potentials leave of them, at its own scale.
+    # HiGHS is exact to 1e-7, whatever the costs: they are brought to the scale of 1, and those that it takes for equal
+    # are told apart by solving again for what the potentials leave of them, at its own scale.
     left = cost - cost.min()
     scale = left.max()
     for _ in range(4):
