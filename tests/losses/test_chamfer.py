@@ -64,9 +64,7 @@ def test_nan_is_not_silent() -> None:
 @pytest.mark.parametrize("direction", ["both", "pred_to_target", "target_to_pred"])
 @pytest.mark.parametrize("point_reduction", ["mean", "sum", "max"])
 @pytest.mark.parametrize("presence", ["feature", "none"])
-def test_nan_on_the_side_that_is_not_charged_is_not_silent(
-    direction: Any, point_reduction: Any, presence: Any
-) -> None:
+def test_nan_on_the_side_that_is_not_charged_is_not_silent(direction: Any, point_reduction: Any, presence: Any) -> None:
     spoilt, other = torch.rand(2, 4, 3), torch.rand(2, 5, 3)
     spoilt[1, 2, 0] = torch.nan
     for pred, target in ((spoilt, other), (other, spoilt)):
