@@ -7,7 +7,7 @@ from torch import Tensor
 
 from setpred._checks import check_at_least, check_choice, check_finite, check_integers, check_range, check_tensor
 from setpred.functional._precision import common_dtype
-from setpred.functional.classes import check_focal, focal_terms
+from setpred.functional.classes import check_focal, focal_term
 from setpred.losses._common import REDUCTIONS, Reduction, full_precision
 
 
@@ -107,9 +107,9 @@ def matched_focal_loss(
     with full_precision(logits.device):
         logits = logits.to(common_dtype(logits))
         nobody = logits.shape[-1]
-        wanted = _wanted(classes, matching, nobody).unsqueeze(-1)
-        there, absent = focal_terms(logits, alpha, gamma)
-        value = torch.where(wanted == torch.arange(nobody, device=wanted.device), there, absent)
+        there = _wanted(classes, matching, nobody).unsqueeze(-1) == torch.arange(nobody, device=logits.device)
+        weight = torch.where(there, alpha, logits.new_ones(()) - alpha)
+        value = weight * focal_term(torch.where(there, logits, -logits), gamma)
         pairs = (matching >= 0).sum((-2, -1)).clamp(min=1)
         return _reduce(value.sum((-2, -1)), pairs, reduction)
 
