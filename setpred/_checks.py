@@ -1,7 +1,8 @@
 """Checks of what users pass in: one wording for every error.
 
 An error names the argument, what was expected and what came. Only shapes, dtypes and Python values
-are checked, but by `as_presence`: looking at tensor values waits for the device and breaks `torch.compile`.
+are checked, but by `as_presence` and `check_range`: looking at tensor values waits for the device and
+breaks `torch.compile`.
 """
 
 import math
@@ -79,6 +80,19 @@ def check_integers(name: str, value: object, *shape: int | str) -> None:
     _check_sizes(name, value, shape)
 
 
+def check_range(name: str, value: Tensor, end: int, used: Tensor) -> None:
+    """Raise where what is used is not in [0, end), if values may be looked at."""
+    if torch.compiler.is_compiling() or (value.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    wrong = ((value < 0) | (value >= end)) & used
+    try:
+        found = bool(wrong.any())
+    except RuntimeError:  # vmap, make_fx, meta: no values are there to look at
+        return
+    if found:
+        raise ValueError(f"`{name}` must lie in [0, {end}) where a prediction is matched, got {value[wrong][0].item()}")
+
+
 def check_channels(name: str, value: Tensor, channels: int) -> None:
     """Raise unless ``value`` is a floating tensor of as many ``channels`` as a scaler has."""
     check_tensor(name, value)
@@ -143,7 +157,7 @@ def check_number(name: str, value: object) -> None:
 def check_finite(name: str, value: object) -> None:
     """Raise unless ``value`` is a finite real number."""
     check_number(name, value)
-    if not math.isfinite(value):  # type: ignore[arg-type]
+    if not -math.inf < value < math.inf:  # type: ignore[operator]  # math.isfinite does not compile with dynamic=True
         raise ValueError(f"`{name}` must be finite, got {value!r}")
 
 

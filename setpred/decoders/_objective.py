@@ -1,5 +1,8 @@
 """What DSPNDecoder's descent minimises, and its gradient where the encoder knows its own."""
 
+import math
+from typing import Any
+
 from torch import Tensor, nn
 
 from setpred._checks import check_shape
@@ -28,25 +31,40 @@ class Objective:
 
     def value_and_grad(self, y: Parts, z: Tensor, start: Tensor) -> tuple[Tensor, Parts] | None:
         """Value, and gradient with respect to y, if the encoder knows its own."""
-        vjp = getattr(type(self.encoder), "vjp", None)  # of the instance, a wrapper may hand out what it wraps
-        if vjp is None or (isinstance(self.encoder, nn.Module) and not are_unhooked(self.encoder)):
+        encoder: Any = self.encoder
+        if not _knows_itself(type(encoder)) or (isinstance(encoder, nn.Module) and not are_unhooked(encoder)):
             return None
-        known = vjp(self.encoder, *_elements_and_mask(y))
+        known = encoder.vjp(*_elements_and_mask(y))
         if known is None:
             return None
         representation, pull = known
         check_shape("encoder(elements, mask)", representation, *z.shape)
         loss = self._anchored(distance(representation, z, self.kind), y[0], start)
         of_elements, of_mask = pull(distance_grad(representation, z, self.kind))
+        check_shape("gradient of elements from encoder.vjp", of_elements, *y[0].shape)
+        if len(y) == 2:
+            check_shape("gradient of mask from encoder.vjp", of_mask, *y[1].shape)
         if self.anchor > 0:
-            of_elements = of_elements + self.anchor / of_elements[0].numel() * (y[0] - start)
-        parts = (of_elements,) if of_mask is None else (of_elements, of_mask)
-        return loss, tuple(part.to(y[0].dtype) for part in parts)
+            of_elements = of_elements + self.anchor / math.prod(start.shape[1:]) * (y[0] - start)
+        return loss, tuple(part.to(y[0].dtype) for part in (of_elements, of_mask)[: len(y)])
 
     def _anchored(self, loss: Tensor, elements: Tensor, start: Tensor) -> Tensor:
         if self.anchor > 0:
             loss = loss + 0.5 * self.anchor * (elements - start).square().flatten(1).mean(1)
         return loss
+
+
+def _knows_itself(encoder: type) -> bool:
+    """Whether a class has a ``vjp``, and no subclass has since changed what it is the gradient of.
+
+    The instance is not asked, because a wrapper may hand out what it wraps.
+    """
+    for cls in encoder.__mro__:
+        if "vjp" in cls.__dict__:
+            return True
+        if "forward" in cls.__dict__ or "__call__" in cls.__dict__:
+            return False
+    return False
 
 
 def _elements_and_mask(y: Parts) -> tuple[Tensor, Tensor | None]:

@@ -195,7 +195,7 @@ class DSPNDecoder(nn.Module):
         """
         recipe: dict[str, Any] = {
             "iters": 20,
-            "eval_iters": 2 * overrides.get("iters", 20),
+            "eval_iters": 2 * (overrides.get("iters") or 20),
             "lr": PolyakDescent(),
             "mask_clamp": (0.0, 1.0),
             "repr_loss": "mse",

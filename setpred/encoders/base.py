@@ -30,7 +30,8 @@ class SetEncoder(Protocol):
     An encoder may know its own gradient, which saves decoders PyTorch's autograd: a method ``vjp(elements, mask)`` that
     returns the vectors and, as `torch.func.vjp` does, a function from the gradient with respect to these, ``(B, D)``,
     to those with respect to elements and mask (None where there is no mask); or None in place of both where it does
-    not know. Both must be differentiable. Those of this library have it.
+    not know. Both must be differentiable. Those of this library have it. Where a subclass has another ``forward`` or
+    ``__call__``, the inherited ``vjp`` is not used.
 
     Example:
         >>> def mean_encoder(elements, mask):

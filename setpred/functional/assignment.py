@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from setpred._checks import check_choice, check_count, check_mask, check_real_tensor, explained, in_transform
+from setpred._checks import (
+    check_choice,
+    check_count,
+    check_integers,
+    check_mask,
+    check_real_tensor,
+    explained,
+    in_transform,
+)
 from setpred.functional._batching import in_front
 from setpred.functional._precision import common_dtype
 
@@ -140,6 +148,7 @@ def matched_pairs(assignment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Raises:
         ValueError: If the shape is wrong.
+        TypeError: If the dtype is not int64.
         RuntimeError: Under ``torch.func.vmap``, which has no shapes that depend on values.
 
     Example:
@@ -167,6 +176,7 @@ def matched_indices(assignment: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: If the shape is wrong.
+        TypeError: If the dtype is not int64.
 
     Example:
         >>> row, column = matched_indices(torch.tensor([[2, -1, 0], [-1, -1, 1]]))
@@ -184,8 +194,7 @@ def matched_indices(assignment: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_assignment(assignment: Tensor) -> None:
-    if assignment.dim() != 2:
-        raise ValueError(f"`assignment` must have shape (B, N), got shape {tuple(assignment.shape)}")
+    check_integers("assignment", assignment, "B", "N")
 
 
 @lru_cache(maxsize=1)
@@ -374,22 +383,35 @@ def _with_scipy(
 
 
 def _checked(solver: Callable[[Tensor], Tensor], batch: torch.Size, skip: bool) -> Callable[[Tensor], Tensor]:
-    """Make up for what a user's solver may not check itself: costs that are no numbers."""
+    """Make up for what a user's solver may not check itself: costs that are no numbers, forbidden pairs."""
 
     def solve(cost: Tensor) -> Tensor:
         compiling = torch.compiler.is_compiling()
         if compiling and not skip:
             return solver(cost)
         bad = (cost.isnan() | cost.isneginf()).flatten(1).any(1)
+        if not skip and bool(bad.any()):
+            raise ValueError(f"`cost` must not be NaN or -inf: {sample_name(int(bad.nonzero()[0]), batch)}")
         if compiling or bool(bad.any()):
-            if not skip:
-                raise ValueError(f"`cost` must not be NaN or -inf: {sample_name(int(bad.nonzero()[0]), batch)}")
-            if not compiling:
-                _warn_skipped(bad.nonzero().flatten().tolist(), batch)
-            return solver(cost.masked_fill(bad.view(-1, 1, 1), 0)).masked_fill(bad.view(-1, 1), -1)
-        return solver(cost)
+            cost = cost.masked_fill(bad.view(-1, 1, 1), 0)
+        assigned = solver(cost)
+        if not _is_assignment(assigned, cost):
+            return assigned
+        taken = cost.gather(2, assigned.clamp(min=0).unsqueeze(2)).squeeze(2)
+        infeasible = (taken.isposinf() & (assigned >= 0)).any(1)
+        if not skip and bool(infeasible.any()):
+            sample = sample_name(int(infeasible.nonzero()[0]), batch)
+            raise ValueError(f"`cost` leaves no assignment without +inf: {sample}")
+        bad = bad | infeasible
+        if skip and not compiling:
+            _warn_skipped(bad.nonzero().flatten().tolist(), batch)
+        return assigned.masked_fill(bad.view(-1, 1), -1)
 
     return solve
+
+
+def _is_assignment(assigned: Tensor, cost: Tensor) -> bool:
+    return assigned.shape == cost.shape[:2] and assigned.dtype == torch.int64
 
 
 def _call_solver(
@@ -456,7 +478,7 @@ def _with_plain_solver(
         forbidden = torch.where((n <= m).view(-1, 1, 1), row & ~col, ~row & col)
         plain = plain.masked_fill(~(row & col), 0).masked_fill(forbidden, torch.inf)
     assigned = solver(plain)
-    if assigned.shape != plain.shape[:2] or assigned.dtype != torch.int64:
+    if not _is_assignment(assigned, plain):
         raise ValueError(
             f"`solver` must return int64 of shape {tuple(plain.shape[:2])}, got {assigned.dtype} of shape "
             f"{tuple(assigned.shape)}"

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from setpred._checks import check_at_least, check_finite, check_number
+from setpred.functional.pairwise import as_sets
 
 
 def probability_cost(logits: Tensor, target: Tensor) -> Tensor:
@@ -18,6 +19,10 @@ def probability_cost(logits: Tensor, target: Tensor) -> Tensor:
     Returns:
         Shape ``(B, N, M)``.
 
+    Raises:
+        ValueError: If a shape is wrong.
+        TypeError: If a dtype is not floating.
+
     Example:
         >>> import torch
         >>> probability_cost(torch.zeros(1, 1, 4), torch.eye(4)[:2].unsqueeze(0))
@@ -25,14 +30,15 @@ def probability_cost(logits: Tensor, target: Tensor) -> Tensor:
 
     Source: Carion et al., DETR (ECCV 2020), section 3.1.
     """
+    logits, target = as_sets(logits, target, "logits", "target")
     return 1 - logits.softmax(-1) @ target.transpose(-1, -2)
 
 
-def focal_terms(logits: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
-    """Focal loss of each logit where its class is there, and where it is not."""
+def focal_term(logits: Tensor, gamma: float) -> Tensor:
+    """Focal loss of each logit where its class is there; of the opposite logits, where it is not."""
     # Powers by logarithms: finite gradients of probabilities that are rounded to 0 or 1, whatever gamma.
-    log_p, log_q = F.logsigmoid(logits), F.logsigmoid(-logits)
-    return -alpha * (gamma * log_q).exp() * log_p, -(1 - alpha) * (gamma * log_p).exp() * log_q
+    value = -F.logsigmoid(logits)
+    return value * (gamma * F.logsigmoid(-logits)).exp() if gamma > 0 else value
 
 
 def check_focal(alpha: float, gamma: float) -> None:
@@ -63,8 +69,8 @@ def focal_cost(logits: Tensor, target: Tensor, *, alpha: float = 0.25, gamma: fl
         Shape ``(B, N, M)``.
 
     Raises:
-        ValueError: If ``alpha`` is not in [0, 1], or ``gamma`` is negative or not finite.
-        TypeError: If one is no number.
+        ValueError: If a shape is wrong, ``alpha`` is not in [0, 1], or ``gamma`` is negative or not finite.
+        TypeError: If a dtype is not floating, or an option is no number.
 
     Example:
         >>> import torch
@@ -74,5 +80,6 @@ def focal_cost(logits: Tensor, target: Tensor, *, alpha: float = 0.25, gamma: fl
     Source: Lin et al., Focal loss (ICCV 2017), equation 5; as a cost Zhu et al., Deformable DETR (ICLR 2021).
     """
     check_focal(alpha, gamma)
-    there, absent = focal_terms(logits, alpha, gamma)
+    logits, target = as_sets(logits, target, "logits", "target")
+    there, absent = alpha * focal_term(logits, gamma), (1 - alpha) * focal_term(-logits, gamma)
     return (there - absent) @ target.transpose(-1, -2)

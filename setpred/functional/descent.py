@@ -140,6 +140,15 @@ def outside_inference(x: Tensor) -> Tensor:
     return x.clone()
 
 
+def _check_known(loss: Tensor, grad: Point, y: Point) -> None:
+    wanted = [tuple(y[0].shape[:1]), *[tuple(part.shape) for part in y]]
+    came = [tuple(part.shape) for part in (loss, *grad)]
+    if came != wanted:
+        raise ValueError(
+            f"`objective.value_and_grad(y)` must return a value and a gradient of shapes {wanted}, got {came}"
+        )
+
+
 def _check_init(init: Tensor | Point) -> None:
     parts = (init,) if isinstance(init, Tensor) else init
     if not isinstance(parts, (tuple, list)) or len(parts) == 0:
@@ -246,7 +255,9 @@ def descend(
     def gradient_at(y: Point, args: Point) -> Gradient:
         known = value_and_grad(packed(y), *args)
         if known is not None:
-            return _with_norm(unpacked(known[1]), known[0])
+            loss, grad = known[0], unpacked(known[1])
+            _check_known(loss, grad, y)
+            return _with_norm(grad, loss)
         return _gradient(lambda y: objective(packed(y), *args), y)
 
     def projected(y: Point) -> Point:

@@ -64,7 +64,10 @@ def _of_all_pairs(x: Tensor, y: Tensor, cost: str) -> Tensor:
     return _elementwise(x.unsqueeze(-2), y.unsqueeze(-3), cost).mean(-1)
 
 
-def _at_least_float32(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def as_sets(x: Tensor, y: Tensor, name: str = "x", other: str = "y") -> tuple[Tensor, Tensor]:
+    """Check the arguments of a cost, and bring them to one dtype, float32 at least."""
+    check_shape(name, x, "B", "N", "C")
+    check_shape(other, y, x.shape[0], "M", x.shape[2])
     dtype = common_dtype(x, y)
     return x.to(dtype), y.to(dtype)
 
@@ -99,10 +102,8 @@ def pairwise_cost(x: Tensor, y: Tensor, cost: Cost = "huber") -> Tensor:
 
     Source: Zhang et al. (NeurIPS 2019), section 3.2 (Huber).
     """
-    check_shape("x", x, "B", "N", "C")
-    check_shape("y", y, x.shape[0], "M", x.shape[2])
     check_cost("cost", cost)
-    return cost_of_all_pairs(*_at_least_float32(x, y), cost)
+    return cost_of_all_pairs(*as_sets(x, y), cost)
 
 
 def paired_cost(x: Tensor, y: Tensor, cost: Cost = "huber") -> Tensor:
@@ -127,7 +128,7 @@ def paired_cost(x: Tensor, y: Tensor, cost: Cost = "huber") -> Tensor:
     check_shape("x", x, "B", "N", "C")
     check_shape("y", y, *x.shape)
     check_cost("cost", cost)
-    return cost_of_pairs(*_at_least_float32(x, y), cost)
+    return cost_of_pairs(*as_sets(x, y), cost)
 
 
 def cost_of_all_pairs(x: Tensor, y: Tensor, cost: Cost) -> Tensor:
@@ -165,12 +166,17 @@ def cross_entropy_cost(logits: Tensor, target: Tensor) -> Tensor:
     Returns:
         Shape ``(B, N, M)``.
 
+    Raises:
+        ValueError: If a shape is wrong.
+        TypeError: If a dtype is not floating.
+
     Example:
         >>> cross_entropy_cost(torch.zeros(1, 1, 2), torch.eye(2).unsqueeze(0))
         tensor([[[0.6931, 0.6931]]])
 
     Source: the cost of `torch.nn.functional.cross_entropy` with class probabilities, between all pairs.
     """
+    logits, target = as_sets(logits, target, "logits", "target")
     return -logits.log_softmax(-1) @ target.transpose(-1, -2)
 
 
@@ -186,12 +192,17 @@ def euclidean_cost(x: Tensor, y: Tensor) -> Tensor:
     Returns:
         Shape ``(B, N, M)``.
 
+    Raises:
+        ValueError: If a shape is wrong.
+        TypeError: If a dtype is not floating.
+
     Example:
         >>> euclidean_cost(torch.zeros(1, 1, 2), torch.tensor([[[3.0, 4.0]]]))
         tensor([[[5.]]])
 
     Source: the distance of `torch.cdist`, without its rounding of matrix products.
     """
+    x, y = as_sets(x, y)
     distance: Tensor = torch.linalg.vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), dim=-1)
     return distance
 

@@ -111,9 +111,20 @@ def _plan(cost: NDArray[np.float64]) -> NDArray[np.float64]:
     index = np.concatenate([places // m, n + places % m]), np.tile(places, 2)
     sums = csc_array((np.ones(2 * n * m), index), shape=(n + m, n * m))
     wanted = np.repeat([float(m), float(n)], [n, m])
-    found = linprog(cost.ravel(), A_eq=sums[:-1], b_eq=wanted[:-1], method="highs-ds")  # the last follows
-    if not found.success:
-        raise RuntimeError(f"HiGHS found no transport of {n} to {m} elements: {found.message}")
+    # HiGHS is exact to 1e-7, whatever the costs: they are brought to the scale of 1, and those that it takes for equal
+    # are told apart by solving again for what the potentials leave of them, at its own scale.
+    left = cost - cost.min()
+    scale = left.max()
+    for _ in range(4):
+        unit = (left / (scale or 1)).ravel()
+        found = linprog(unit, A_eq=sums[:-1], b_eq=wanted[:-1], method="highs-ds")  # the last sum follows
+        if not found.success:
+            raise RuntimeError(f"HiGHS found no transport of {n} to {m} elements: {found.message}")
+        potential = np.append(found.eqlin.marginals, 0) * scale
+        left = left - potential[:n, None] - potential[n:]
+        scale = -left.min()
+        if scale <= 4 * np.finfo(np.float64).eps * left.max():  # an optimal plan leaves nothing negative
+            break
     # A vertex of the polytope is a matrix of integers.
     plan = found.x.round().reshape(n, m)
     plan /= n * m

@@ -177,7 +177,7 @@ def chamfer_loss(
             if direction != "pred_to_target":
                 sides.append(_over_points(from_target, charged_target, point_reduction))
             value = sum(sides[1:], sides[0])
-            if charged_target is not None:
+            if charged_target is not None or direction != "both":
                 value = keep_nan(value, pred, target)
             if weight is not None and (point_reduction == "max" or direction == "target_to_pred"):  # not looked at
                 value = keep_nan(value, weight)

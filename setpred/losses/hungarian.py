@@ -122,8 +122,8 @@ def hungarian_loss(
         presence_weight: Weight w of the binary cross-entropy.
         average_over: What the costs of matched pairs are averaged over: the pairs of each ``"set"``, so that all sets
             weigh the same; or the targets of the ``"batch"``, so that all targets do (DETR): the pairs' sum is divided
-            by the mean number of targets per set, k times, and by no less than one target in the batch. With
-            ``"feature"`` every set has N pairs, and both are the same.
+            by the mean number of targets per set, k times, and by no less than one target in the batch;
+            targets that are dropped or skipped count. With ``"feature"`` every set has N pairs, and both are the same.
         matches_per_target: How many predictions are matched to each target, k; more than one not with ``"feature"``.
         surplus: What becomes of more targets (k times) than predictions: ``"raise"`` an error, or ``"drop"`` those that
             the least cost leaves out.

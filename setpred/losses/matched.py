@@ -5,9 +5,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from setpred._checks import check_at_least, check_choice, check_finite, check_integers, check_tensor
+from setpred._checks import check_at_least, check_choice, check_finite, check_integers, check_range, check_tensor
 from setpred.functional._precision import common_dtype
-from setpred.functional.classes import check_focal, focal_terms
+from setpred.functional.classes import check_focal, focal_term
 from setpred.losses._common import REDUCTIONS, Reduction, full_precision
 
 
@@ -107,9 +107,9 @@ def matched_focal_loss(
     with full_precision(logits.device):
         logits = logits.to(common_dtype(logits))
         nobody = logits.shape[-1]
-        wanted = _wanted(classes, matching, nobody).unsqueeze(-1)
-        there, absent = focal_terms(logits, alpha, gamma)
-        value = torch.where(wanted == torch.arange(nobody, device=wanted.device), there, absent)
+        there = _wanted(classes, matching, nobody).unsqueeze(-1) == torch.arange(nobody, device=logits.device)
+        weight = torch.where(there, alpha, logits.new_ones(()) - alpha)
+        value = weight * focal_term(torch.where(there, logits, -logits), gamma)
         pairs = (matching >= 0).sum((-2, -1)).clamp(min=1)
         return _reduce(value.sum((-2, -1)), pairs, reduction)
 
@@ -129,24 +129,11 @@ def _wanted(classes: Tensor, matching: Tensor, nobody: int) -> Tensor:
     """Class that each prediction should have, ``nobody`` where it has no target."""
     targets = classes.shape[1]
     matched = matching >= 0
-    _check_range("matching", matching, targets, matched)
+    check_range("matching", matching, targets, matched)
     padded = torch.cat([classes, classes.new_full((len(classes), 1), nobody)], 1)
     wanted = padded.expand(*matching.shape[:-1], -1).gather(-1, matching.where(matched, targets))
-    _check_range("classes", wanted, nobody, matched)
+    check_range("classes", wanted, nobody, matched)
     return wanted
-
-
-def _check_range(name: str, value: Tensor, end: int, used: Tensor) -> None:
-    """Raise where what is used is not in [0, end), if values may be looked at."""
-    if torch.compiler.is_compiling() or (value.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return
-    wrong = ((value < 0) | (value >= end)) & used
-    try:
-        found = bool(wrong.any())
-    except RuntimeError:  # vmap, make_fx, meta: no values are there to look at
-        return
-    if found:
-        raise ValueError(f"`{name}` must lie in [0, {end}) where a prediction is matched, got {value[wrong][0].item()}")
 
 
 def _reduce(value: Tensor, total: Tensor, reduction: Reduction) -> Tensor:

@@ -183,6 +183,12 @@ def _as_classes(
     return pred_class, target_class
 
 
+def check_metric(name: str, value: object, metric: type) -> None:
+    """Raise unless ``value`` is a metric of this kind."""
+    if not isinstance(value, metric):
+        raise TypeError(f"`{name}` must be of class {metric.__name__}, got {type(value).__name__}")
+
+
 class AveragePrecision:
     r"""Average precision over a data set, collected batch by batch.
 
@@ -490,8 +496,10 @@ class AveragePrecision:
 
         Raises:
             ValueError: If one is configured otherwise; rules are not compared.
+            TypeError: If one is another metric.
         """
         for other in others:
+            check_metric("others", other, AveragePrecision)
             if other._options() != self._options():
                 raise ValueError(f"`others` must have the options {self._options()}, got {other._options()}")
             self._judged.extend(other._judged)

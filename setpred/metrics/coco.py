@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from setpred._checks import as_presence, check_shape, check_tensor
+from setpred._checks import as_presence, check_count, check_interval, check_shape, check_tensor
 from setpred.functional.boxes import box_convert, box_coverage, box_iou
-from setpred.metrics.average_precision import AveragePrecision, Rule
+from setpred.metrics.average_precision import AveragePrecision, Rule, check_metric
 
 COCO_SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, torch.inf)}
 
@@ -41,8 +41,8 @@ class CocoAveragePrecision:
         sizes: Ranges of sizes by name, both ends included.
 
     Raises:
-        ValueError: If a number is out of its range, or there is none.
-        TypeError: If ``rule`` is not callable, or a number of another type.
+        ValueError: If a number is out of its range, there is none, or a range is no increasing pair.
+        TypeError: If ``rule`` is not callable, or a number or ``sizes`` of another type.
 
     Example:
         >>> metric = CocoAveragePrecision()
@@ -63,8 +63,14 @@ class CocoAveragePrecision:
     ) -> None:
         if not callable(rule):
             raise TypeError(f"`rule` must be callable, got {rule!r}")
-        if not max_predictions:
-            raise ValueError(f"`max_predictions` must be at least one number, got {max_predictions!r}")
+        if not isinstance(max_predictions, Sequence) or len(max_predictions) == 0:
+            raise ValueError(f"`max_predictions` must be at least one number, in a sequence, got {max_predictions!r}")
+        for most in max_predictions:
+            check_count("max_predictions", most)
+        if not isinstance(sizes, Mapping):
+            raise TypeError(f"`sizes` must map names to ranges, got {sizes!r}")
+        for name, bounds in sizes.items():
+            check_interval(f"sizes[{name!r}]", bounds)
         self.sizes = dict(sizes)
 
         def judge(most: int) -> AveragePrecision:
@@ -176,6 +182,7 @@ class CocoAveragePrecision:
     def merge(self, *others: Self) -> None:
         """Add what other metrics of the same options have judged; see :meth:`AveragePrecision.merge`."""
         for other in others:
+            check_metric("others", other, CocoAveragePrecision)
             if other.sizes != self.sizes or list(other._limited) != list(self._limited):
                 raise ValueError(
                     f"`others` must have sizes {self.sizes} and max_predictions {list(self._limited)}, got "

@@ -55,7 +55,9 @@ def point_f_score(
     with torch.no_grad():
         x = torch.where(exists.unsqueeze(-1), pred.to(dtype), 0)
         y = torch.where(present.unsqueeze(-1), target.to(dtype), 0)
-        of_x, of_y = nearest_neighbours(x, y, "mse", x_mask=exists, y_mask=present)
+        # A NaN would hide all other points from the search.
+        x_mask, y_mask = (mask & ~side.isnan().any(-1) for side, mask in ((x, exists), (y, present)))
+        of_x, of_y = nearest_neighbours(x, y, "mse", x_mask=x_mask, y_mask=y_mask)
         precision = _share_near(x, y, of_x, exists, threshold)
         recall = _share_near(y, x, of_y, present, threshold)
         score = 2 * precision * recall / (precision + recall).clamp(min=torch.finfo(dtype).tiny)

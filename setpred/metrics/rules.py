@@ -9,10 +9,6 @@ from setpred._checks import check_count, check_positive, check_shape
 from setpred.functional._precision import common_dtype
 
 
-def _in_float32(x: Tensor) -> Tensor:
-    return x.to(common_dtype(x))
-
-
 def attribute_distance(
     pred: Tensor, target: Tensor, *, coordinates: int, groups: Sequence[int], scale: float = 1.0
 ) -> Tensor:
@@ -53,7 +49,8 @@ def attribute_distance(
         raise ValueError(
             f"`pred` must have {coordinates} coordinates and {sum(groups)} channels of attributes, got {pred.shape[2]}"
         )
-    pred, target = _in_float32(pred), _in_float32(target)
+    dtype = common_dtype(pred, target)
+    pred, target = pred.to(dtype), target.to(dtype)
     distance = torch.cdist(
         pred[..., :coordinates], target[..., :coordinates], compute_mode="donot_use_mm_for_euclid_dist"
     )
@@ -92,7 +89,7 @@ def keypoint_similarity(pred: Tensor, target: Tensor, *, sigmas: Sequence[float]
         Shape ``(B, N, M)``, in [0, 1]; 0 for targets without visible keypoints.
 
     Raises:
-        ValueError: If a shape is wrong, or a number of ``sigmas`` is not positive.
+        ValueError: If a shape is wrong, ``sigmas`` is empty, or one of them is not positive.
         TypeError: If a dtype is not floating, or ``sigmas`` holds no numbers.
 
     Example:
@@ -105,6 +102,8 @@ def keypoint_similarity(pred: Tensor, target: Tensor, *, sigmas: Sequence[float]
     """
     if not isinstance(sigmas, Sequence):
         raise TypeError(f"`sigmas` must be a sequence of numbers, got {sigmas!r}")
+    if len(sigmas) == 0:
+        raise ValueError("`sigmas` must be at least one number, got none")
     for sigma in sigmas:
         check_positive("sigmas", sigma)
     check_shape("pred", pred, "B", "N", 3 * len(sigmas) + 1)

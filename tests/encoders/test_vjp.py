@@ -238,3 +238,58 @@ def test_an_encoder_of_ones_own_may_know_its_gradient() -> None:
     decoders = [DSPNDecoder(e, 5, set_size=4, channels=2, **DOUBLE) for e in (encoder, encoder.__call__)]
     torch.testing.assert_close(*(decoder(z, init=start)[:2] for decoder in decoders), **EXACT)
     assert encoder.pulled == 5
+
+
+class Module(Own, nn.Module):
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        Own.__init__(self)
+
+
+class Bent(Module):
+    """One that inherits a gradient which is no longer its own."""
+
+    def __call__(self, elements: Tensor, mask: Tensor | None) -> Tensor:
+        return super().__call__(elements, mask).sin()
+
+
+class Straight(Bent):
+    """One that does nothing of its own."""
+
+
+@pytest.mark.parametrize("make", [Bent, Straight])
+def test_a_gradient_from_before_the_forward_pass_is_not_used(make: Callable[[], Bent]) -> None:
+    encoder = make()
+    z, start = torch.rand(3, 2, **DOUBLE), torch.randn(3, 4, 2, **DOUBLE)
+    decoders = [DSPNDecoder(e, 5, 0.1, set_size=4, channels=2, **DOUBLE) for e in (encoder, encoder.__call__)]
+    torch.testing.assert_close(*(decoder(z, init=start)[:2] for decoder in decoders), **EXACT)
+    assert encoder.pulled == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (ValueError, r"`gradient of elements from encoder.vjp` must have shape \(3, 4, 2\)", lambda e, m: (e[:1], m)),
+        (
+            ValueError,
+            r"`gradient of elements from encoder.vjp` must have shape \(3, 4, 2\)",
+            lambda e, m: (e[:, :1], m),
+        ),
+        (ValueError, r"`gradient of mask from encoder.vjp` must have shape \(3, 4\)", lambda e, m: (e, m[:, :1])),
+        (TypeError, "`gradient of mask from encoder.vjp` must be a tensor, got None", lambda e, m: (e, None)),
+    ],
+)
+def test_a_gradient_of_another_shape(error: type[Exception], message: str, change: Callable[..., Any]) -> None:
+    class Other(Own):
+        def vjp(self, elements: Tensor, mask: Tensor | None) -> Any:
+            vector, pull = super().vjp(elements, mask)
+            return vector, lambda grad: change(*pull(grad))
+
+    with pytest.raises(error, match=message):
+        DSPNDecoder(Other(), 5, set_size=4, channels=2, **DOUBLE)(torch.rand(3, 2, **DOUBLE))
+
+
+@EVERY_CLASS
+def test_an_empty_batch_with_an_anchor(cls: type[EncoderBase]) -> None:
+    decoder = DSPNDecoder(build(cls), 2, set_size=5, channels=2, anchor=0.1)
+    assert decoder(torch.zeros(0, 5)).elements.shape == (0, 5, 2)

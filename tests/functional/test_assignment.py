@@ -205,8 +205,11 @@ def test_refuses(error: type[Exception], message: str, cost: Tensor, options: di
 
 @pytest.mark.parametrize("index", [matched_pairs, matched_indices])
 def test_pairs_are_of_a_batch(index: Callable[[Tensor], object]) -> None:
-    with pytest.raises(ValueError, match=r"`assignment` must have shape \(B, N\), got shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"`assignment` must have shape \(B, N\), got int64 of shape \(3,\)"):
         index(torch.zeros(3).long())
+    for wrong in (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool), [[0]]):  # a bool would be 0 and 1
+        with pytest.raises(TypeError, match="`assignment` must be a tensor of dtype int64"):
+            index(wrong)  # type: ignore[arg-type]
 
 
 @given(batch=st.integers(0, 3), n=st.sampled_from([0, 1, 5, 100]), m=st.sampled_from([0, 1, 6, 90]), seed=seeds)
@@ -298,6 +301,27 @@ def test_skips_samples_without_an_assignment() -> None:
     with pytest.warns(RuntimeWarning, match="in sample 1: left unmatched"):
         assigned = linear_assignment(cost, nonfinite="skip")
     assert (assigned >= 0).all(1).tolist() == [True, False, True, True]
+
+
+def takes_any(cost: Tensor) -> Tensor:
+    """A solver that takes what is forbidden, as those with large numbers for +inf do."""
+    return plain_solver(cost.nan_to_num(posinf=1e6))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_forbidden_pair_is_no_assignment_whoever_solves(masked: bool) -> None:
+    cost = torch.rand(2, 3, 4, 5)
+    cost[1, 2, 0] = torch.inf
+    mask = torch.ones(2, 3, 5)
+    mask[..., 4] = not masked
+    options = {"col_mask": mask if masked else None, "solver": takes_any}
+    with pytest.raises(ValueError, match=r"`cost` leaves no assignment without \+inf: sample \(1, 2\)"):
+        linear_assignment(cost, **options)
+    with pytest.warns(RuntimeWarning, match=r"in sample \(1, 2\): left unmatched"):
+        assigned = linear_assignment(cost, nonfinite="skip", **options)
+    assert (assigned[1, 2] == -1).all()
+    cost[1, 2, 0, 0] = 0
+    assert torch.equal(linear_assignment(cost, **options), linear_assignment(cost, col_mask=options["col_mask"]))
 
 
 @pytest.mark.parametrize("solver", ["scipy", full_solver])

@@ -1,5 +1,7 @@
 """Costs of class logits."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from setpred.functional.classes import focal_cost, probability_cost
-from setpred.functional.pairwise import paired_cost, pairwise_cost
+from setpred.functional.pairwise import cross_entropy_cost, euclidean_cost, paired_cost, pairwise_cost
 from tests import oracles
 from tests.devices import gradcheck, gradgradcheck
 
@@ -72,8 +74,21 @@ def test_compiles_whole() -> None:
 
 def test_half_precision_is_computed_in_float32() -> None:
     x, y = torch.randn(2, 3, 4).half(), torch.eye(4).expand(2, 4, 4)
-    for cost in (focal_cost, probability_cost):
-        assert pairwise_cost(x, y, cost).dtype == torch.float32
+    for cost in (focal_cost, probability_cost, cross_entropy_cost, euclidean_cost):
+        assert pairwise_cost(x, y, cost).dtype == cost(x, y).dtype == cost(x, y.half()).dtype == torch.float32
+        torch.testing.assert_close(cost(x, y), cost(x.float(), y))
+
+
+@pytest.mark.parametrize(
+    ("cost", "name"),
+    [(focal_cost, "target"), (probability_cost, "target"), (cross_entropy_cost, "target"), (euclidean_cost, "y")],
+)
+def test_refuses_sets_that_do_not_belong_together(cost: Any, name: str) -> None:
+    x = torch.randn(1, 3, 4)
+    with pytest.raises(ValueError, match=rf"`{name}` must have shape \(1, M, 4\), got .* \(2, 3, 4\)"):
+        cost(x, torch.randn(2, 3, 4))  # which would broadcast
+    with pytest.raises(TypeError, match=f"`{name}` must have a floating dtype, got int64"):
+        cost(x, torch.ones(1, 3, 4, dtype=torch.long))
 
 
 @pytest.mark.parametrize(

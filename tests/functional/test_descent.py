@@ -522,6 +522,23 @@ def test_refuses_objectives(
         descend(objective, START, steps=1, lr=0.1, gradient=gradient)
 
 
+@pytest.mark.parametrize("value", [torch.ones(()), torch.ones(3, 1), torch.ones(3)])
+@pytest.mark.parametrize("grad", [torch.ones(3, 1), torch.ones(1, 2), torch.ones(3, 2)])
+def test_refuses_a_known_gradient_of_another_shape(value: Tensor, grad: Tensor) -> None:
+    class Objective:
+        def __call__(self, y: Tensor) -> Tensor:
+            return y.sum(1)
+
+        def value_and_grad(self, y: Tensor) -> tuple[Tensor, Tensor]:
+            return value, grad
+
+    if value.shape == (3,) and grad.shape == (3, 2):
+        assert functional.descend(Objective(), torch.zeros(3, 2), steps=1, lr=1.0).value.tolist() == [[-1, -1]] * 3
+        return
+    with pytest.raises(ValueError, match=r"`objective.value_and_grad\(y\)` must return .* \[\(3,\), \(3, 2\)\]"):
+        functional.descend(Objective(), torch.zeros(3, 2), steps=1, lr=1.0)
+
+
 def test_tol_does_not_hide_a_value_that_is_no_number() -> None:
     start = torch.tensor([[1.0], [torch.nan]])
     result = descend(lambda y: y.square().sum(1), start, steps=3, lr=0.5, tol=10.0)

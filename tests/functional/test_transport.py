@@ -10,6 +10,7 @@ from torch import Tensor
 
 from setpred.functional import transport
 from setpred.functional.assignment import linear_assignment
+from setpred.functional.pairwise import euclidean_cost
 from setpred.functional.transport import exact_transport
 from tests import devices, oracles
 
@@ -50,6 +51,21 @@ def test_both_ways_to_solve(n: int, m: int, monkeypatch: pytest.MonkeyPatch) -> 
     plan = exact_transport(cost)
     monkeypatch.setattr(math, "lcm", lambda *_: 10**9)  # never few
     torch.testing.assert_close(exact_transport(cost), plan, **EXACT)
+
+
+@pytest.mark.parametrize("far", [0.0, 1.0], ids=["one scale", "far groups of elements"])
+@pytest.mark.parametrize("scale", [1e-12, 1e-9, 1e-6, 1e-3, 1e6])
+def test_exact_at_every_scale(scale: float, far: float) -> None:
+    """HiGHS takes costs for equal that differ by 1e-7: the linear program must not be given them as they are."""
+    n, m = 13, 11
+    x, y = (torch.randn(1, size, 3, dtype=torch.float64) * scale for size in (n, m))
+    for i in range(2):
+        x[:, i] += far * 4**i
+        y[:, i] += far * 4**i
+    cost = euclidean_cost(x, y)
+    copies = cost.repeat_interleave(m, 1).repeat_interleave(n, 2)
+    expected = copies.gather(2, linear_assignment(copies).unsqueeze(2)).mean()
+    torch.testing.assert_close((exact_transport(cost) * cost).sum() / expected, torch.ones_like(expected), **EXACT)
 
 
 @given(n=st.integers(1, 6), seed=st.integers(0, 2**31))

@@ -1,6 +1,7 @@
 """Chamfer loss: what is not common to all set losses."""
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,19 @@ def test_nan_is_not_silent() -> None:
         value = chamfer_loss(pred, target, cost=cost, presence="none", reduction="none")
         assert value[0].isfinite()
         assert value[1].isnan()
+
+
+@pytest.mark.parametrize("direction", ["both", "pred_to_target", "target_to_pred"])
+@pytest.mark.parametrize("point_reduction", ["mean", "sum", "max"])
+@pytest.mark.parametrize("presence", ["feature", "none"])
+def test_nan_on_the_side_that_is_not_charged_is_not_silent(direction: Any, point_reduction: Any, presence: Any) -> None:
+    spoilt, other = torch.rand(2, 4, 3), torch.rand(2, 5, 3)
+    spoilt[1, 2, 0] = torch.nan
+    for pred, target in ((spoilt, other), (other, spoilt)):
+        value = chamfer_loss(
+            pred, target, direction=direction, point_reduction=point_reduction, presence=presence, reduction="none"
+        )
+        assert value.isnan().tolist() == [False, True]
 
 
 DOUBLE, EXACT = {"dtype": torch.float64}, {"rtol": 1e-9, "atol": 1e-9}

@@ -161,6 +161,17 @@ def test_certain_predictions_are_finite(loss: object) -> None:
         assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_loss_of_classes_ruled_out_is_finite(gamma: float) -> None:
+    """An infinite logit where it is right is charged 0, as a class that cannot be is often masked by -inf."""
+    logits = torch.tensor([[[torch.inf, -torch.inf, 0.5]]], requires_grad=True)
+    value = matched_focal_loss(logits, torch.tensor([[0]]), torch.tensor([[0]]), gamma=gamma)
+    expected = matched_focal_loss(logits[..., 2:].detach(), torch.zeros(1, 0).long(), torch.tensor([[-1]]), gamma=gamma)
+    torch.testing.assert_close(value.detach(), expected)
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert gradient.isfinite().all()
+
+
 @LOSSES
 def test_nan_is_seen(loss: object) -> None:
     logits = torch.randn(2, 3, 4)

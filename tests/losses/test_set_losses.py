@@ -460,3 +460,17 @@ def test_options_are_attributes_of_the_module(loss: type[nn.Module], function: C
         module.scaler = StandardScaler(2)
         assert "scaler=StandardScaler(2)" in repr(module)
         assert not any("scaler" in name for name in module.state_dict())
+
+
+@pytest.mark.parametrize("loss", [hungarian_loss, chamfer_loss])
+def test_compiles_with_sizes_and_numbers_unknown(loss: Callable[..., Tensor]) -> None:
+    """Under ``dynamic=True`` options that are numbers, defaults too, are symbols."""
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (5, 6):
+        sets = torch.rand(3, size, 2), torch.rand(3, size - 1, 2), torch.rand(3, size), torch.rand(3, size - 1) < 0.6
+        torch.testing.assert_close(
+            compiled(*sets, presence="logits", presence_weight=0.5), loss(*sets, presence="logits", presence_weight=0.5)
+        )
+        torch.testing.assert_close(compiled(*sets), loss(*sets))
+    torch._dynamo.reset()

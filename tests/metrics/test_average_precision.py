@@ -63,6 +63,10 @@ def test_attribute_distance() -> None:
                 same = x[3:5].argmax() == y[3:5].argmax() and x[5:8].argmax() == y[5:8].argmax()
                 expected = 3 * (x[:3] - y[:3]).norm() if same else torch.tensor(torch.inf, **DOUBLE)
                 torch.testing.assert_close(actual[k, i, j], expected, rtol=1e-9, atol=1e-9)
+    halves = attribute_distance(a.half(), b.double(), coordinates=3, groups=(2, 3), scale=3.0)
+    torch.testing.assert_close(
+        halves, attribute_distance(a.half().double(), b.double(), coordinates=3, groups=(2, 3), scale=3.0)
+    )
 
 
 @pytest.mark.parametrize("average", ["pooled", "sets"])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from setpred.metrics import CocoAveragePrecision, keypoint_similarity
+from setpred.metrics import AveragePrecision, CocoAveragePrecision, keypoint_similarity
 from setpred.metrics.coco import COCO_SIZES
 
 DOUBLE = {"dtype": torch.float64}
@@ -243,8 +243,24 @@ def test_refuses_options() -> None:
         CocoAveragePrecision(max_predictions=())
     with pytest.raises(ValueError, match="`max_predictions` must be at least 1, got 0"):
         CocoAveragePrecision(max_predictions=(0, 10))
+    with pytest.raises(ValueError, match="`max_predictions` must be at least one number, in a sequence, got 100"):
+        CocoAveragePrecision(max_predictions=100)
+    with pytest.raises(TypeError, match="`max_predictions` must be an integer, got '10'"):
+        CocoAveragePrecision(max_predictions=(1, "10"))
+    for bounds in (5.0, (5.0, 1.0), (torch.nan, 1.0), (1.0,)):
+        with pytest.raises(ValueError, match=r"`sizes\['small'\]` must be an increasing pair"):
+            CocoAveragePrecision(sizes={"small": bounds})
+    with pytest.raises(TypeError, match="`sizes` must map names to ranges"):
+        CocoAveragePrecision(sizes=[(0.0, 1.0)])
     with pytest.raises(TypeError, match="`rule` must be callable"):
         CocoAveragePrecision("iou")
+
+
+def test_merge_refuses_another_metric() -> None:
+    with pytest.raises(TypeError, match="`others` must be of class CocoAveragePrecision, got AveragePrecision"):
+        CocoAveragePrecision().merge(AveragePrecision())
+    with pytest.raises(TypeError, match="`others` must be of class AveragePrecision, got CocoAveragePrecision"):
+        AveragePrecision().merge(CocoAveragePrecision())
 
 
 def test_keypoint_similarity_refuses() -> None:
@@ -252,6 +268,8 @@ def test_keypoint_similarity_refuses() -> None:
         keypoint_similarity(torch.rand(1, 2, 8), torch.rand(1, 2, 7), sigmas=(0.1, 0.1))
     with pytest.raises(ValueError, match="`sigmas` must be positive"):
         keypoint_similarity(torch.rand(1, 2, 4), torch.rand(1, 2, 4), sigmas=(0.0,))
+    with pytest.raises(ValueError, match="`sigmas` must be at least one number"):
+        keypoint_similarity(torch.rand(1, 2, 1), torch.rand(1, 2, 1), sigmas=())
     with pytest.raises(TypeError, match="`sigmas` must be a sequence"):
         keypoint_similarity(torch.rand(1, 2, 4), torch.rand(1, 2, 4), sigmas=0.1)
 

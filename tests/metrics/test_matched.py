@@ -55,6 +55,11 @@ def test_nan_is_seen() -> None:
     mask = torch.rand(2, 3)
     mask[1, 2] = torch.nan
     assert cardinality_error(mask, torch.ones(2, 3)).isnan()
+    logits, classes = torch.randn(2, 1, 3, 4), torch.zeros(1, 2, dtype=torch.long)
+    logits[1, 0, 1, 0] = torch.nan
+    for matching, unseen in ([0, -1, 1], [True, True]), ([0, 1, -1], [True, False]):
+        accuracy = matching_accuracy(logits, classes, torch.tensor(matching).expand(2, 1, 3))
+        assert accuracy.isfinite().tolist() == unseen
 
 
 def test_refuses() -> None:
@@ -70,3 +75,6 @@ def test_refuses() -> None:
         matching_accuracy(torch.rand(2, 3, 4), torch.zeros(2, 2).long(), torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"`classes` must have shape \(2, M\)"):
         matching_accuracy(torch.rand(2, 3, 4), torch.zeros(1, 2).long(), torch.zeros(2, 3).long())
+    for missing in (2, 3):
+        with pytest.raises(ValueError, match=rf"`matching` must lie in \[0, 2\) where .* got {missing}"):
+            matching_accuracy(torch.rand(1, 1, 4), torch.zeros(1, 2).long(), torch.full((1, 1), missing))

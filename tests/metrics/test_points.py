@@ -47,6 +47,12 @@ def test_the_threshold_is_not_near() -> None:
     assert point_f_score(x, torch.full((2, 1, 1), 0.5), threshold=0.500001).tolist() == [1, 0]
 
 
+def test_nan_hides_no_other_point() -> None:
+    x, y = torch.tensor([[[0.0], [4.0]]]), torch.tensor([[[9.0], [0.0], [4.0], [torch.nan]]])
+    for pair in ((x, y), (y, x)):  # of the two all are near, of the four half
+        assert point_f_score(*pair, threshold=0.5).item() == pytest.approx(2 / 3)
+
+
 def test_compiles() -> None:
     x, y, mask = torch.rand(2, 5, 3), torch.rand(2, 4, 3), torch.rand(2, 4) < 0.6
     compiled = torch.compile(point_f_score, fullgraph=True, backend="aot_eager")
