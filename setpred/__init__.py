@@ -16,6 +16,7 @@ from setpred.losses import (
     HungarianLoss,
     RepresentationLoss,
     SinkhornLoss,
+    SlicedWassersteinLoss,
     chamfer_loss,
     earth_mover_distance,
     hungarian_loss,
@@ -23,6 +24,7 @@ from setpred.losses import (
     matched_focal_loss,
     representation_loss,
     sinkhorn_loss,
+    sliced_wasserstein_loss,
 )
 from setpred.scaler import StandardScaler
 from setpred.sets import SetPrediction, Trajectory, pad_sets, unpad_sets
@@ -52,6 +54,8 @@ __all__ = [
     "chamfer_loss",
     "SinkhornLoss",
     "sinkhorn_loss",
+    "SlicedWassersteinLoss",
+    "sliced_wasserstein_loss",
     "earth_mover_distance",
     "matched_cross_entropy",
     "matched_focal_loss",

@@ -425,3 +425,19 @@ def entropic_transport(cost: Tensor, a: Tensor, b: Tensor, epsilon: float, rho: 
     if rho is not None:
         value = value + rho * (kullback_leibler(plan.sum(1), a) + kullback_leibler(plan.sum(0), b))
     return value, plan
+
+
+def transport_on_a_line(x: Tensor, weight: Tensor, y: Tensor, power: float) -> Tensor:
+    """Least mean cost of moving weighted numbers x onto equally heavy y: in sorted order, until all mass is moved."""
+    order = x.argsort()
+    x, left = x[order], list((weight / weight.sum())[order])
+    y, room = y.sort().values, [torch.ones_like(x[0]) / len(y)] * len(y)
+    i = j = 0
+    cost = x.new_zeros(())
+    while i < len(x) and j < len(y):
+        moved = torch.minimum(left[i], room[j])
+        cost = cost + moved * (x[i] - y[j]).abs() ** power
+        of_x = bool(left[i] <= room[j])
+        left[i], room[j] = left[i] - moved, room[j] - moved
+        i, j = (i + 1, j) if of_x else (i, j + 1)
+    return cost

@@ -31,6 +31,7 @@ from setpred import (
     RepresentationLoss,
     SetPrediction,
     SinkhornLoss,
+    SlicedWassersteinLoss,
     StandardScaler,
     Trajectory,
     functional,
@@ -193,6 +194,7 @@ def things() -> Iterator[tuple[str, Case]]:
         yield f"{name}:{kind}", Case(loss(cost), charge)
         yield f"{name}:matching, {kind}", Case(loss(matching_cost=cost, presence="bce"), charge)
     yield "HungarianLoss:solver", Case(HungarianLoss(solver=setpred.linear_assignment), charge)
+    yield "SlicedWassersteinLoss", Case(SlicedWassersteinLoss(directions=torch.eye(C + 1)), charge)
     yield "SinkhornLoss", Case(SinkhornLoss(iters=5), charge)
     yield "SinkhornLoss:composed", Case(SinkhornLoss(sum_costs("mse", on_channels("huber", [-1])), iters=5), charge)
     for kind in ("huber", "mse"):
@@ -205,6 +207,7 @@ def things() -> Iterator[tuple[str, Case]]:
         "HungarianLoss": HungarianLoss,
         "ChamferLoss": ChamferLoss,
         "SinkhornLoss": SinkhornLoss,
+        "SlicedWassersteinLoss": partial(SlicedWassersteinLoss, directions=torch.eye(C + 1)),
     }.items():
         yield f"{name}:scaler", Case(loss(scaler=fitted_scaler()), charge)
     yield (

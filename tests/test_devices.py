@@ -29,6 +29,7 @@ from setpred import (
     RelationEncoder,
     RepresentationLoss,
     SinkhornLoss,
+    SlicedWassersteinLoss,
     StandardScaler,
     functional,
     metrics,
@@ -170,6 +171,13 @@ CASES: dict[str, Case] = {
         f"SinkhornLoss, {kind}": lambda kind=kind: called(SinkhornLoss(iters=5, presence=kind), *sets())
         for kind in ("feature", "none")
     },
+    **{
+        f"SlicedWassersteinLoss, {kind}": lambda kind=kind: called(
+            SlicedWassersteinLoss(directions=torch.eye(4 if kind == "feature" else 3), presence=kind), *sets()
+        )
+        for kind in ("feature", "none")
+    },
+    "sliced_wasserstein_loss": lambda: called(setpred.sliced_wasserstein_loss, *sets(), directions=torch.eye(4)),
     "hungarian_loss": lambda: called(setpred.hungarian_loss, *sets(), return_matching=True),
     "chamfer_loss": lambda: called(setpred.chamfer_loss, *sets()[:2]),
     "earth_mover_distance": lambda: called(setpred.earth_mover_distance, *sets()[:2]),

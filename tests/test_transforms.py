@@ -36,6 +36,7 @@ from setpred import (
     pad_sets,
     representation_loss,
     sinkhorn_loss,
+    sliced_wasserstein_loss,
     sum_costs,
     unpad_sets,
 )
@@ -124,6 +125,12 @@ def of_losses() -> Iterator[tuple[str, Case]]:
             f"hungarian_loss:solver, {presence}",
             Case(lambda *a, p=presence: hungarian_loss(*a, presence=p, solver=plain_solver), sets),
         )
+    yield (
+        "sliced_wasserstein_loss",
+        Case(
+            lambda *a: sliced_wasserstein_loss(*a, directions=torch.eye(C, dtype=torch.float64), presence="none"), sets
+        ),
+    )
     yield (
         "sinkhorn_loss:transport",
         Case(lambda *a: sinkhorn_loss(*a, presence="none", iters=9, rho=0.5, return_transport=True), sets),
@@ -347,7 +354,13 @@ forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecat
 def test_nothing_public_is_forgotten() -> None:
     public = {*setpred.__all__, *functional.__all__, *metrics.__all__} - {"functional", "metrics"}
     types = {"SetPrediction", "Trajectory", "Diagnosis", "SetEncoder", "Transport", "Descent", "StepRule", "Gradient"}
-    functions_as_modules = {"HungarianLoss", "ChamferLoss", "SinkhornLoss", "RepresentationLoss"}
+    functions_as_modules = {
+        "HungarianLoss",
+        "ChamferLoss",
+        "SinkhornLoss",
+        "SlicedWassersteinLoss",
+        "RepresentationLoss",
+    }
     refused = {"unpad_sets", "matched_pairs", "LSTMDecoder"}
     refused |= {"AveragePrecision", "CocoAveragePrecision", "average_precision"}
     assert {name.split(":")[0] for name in CASES} == public - types - functions_as_modules - refused

@@ -7,6 +7,7 @@ from setpred.losses.hungarian import HungarianLoss, hungarian_loss
 from setpred.losses.matched import matched_cross_entropy, matched_focal_loss
 from setpred.losses.representation import RepresentationLoss, representation_loss
 from setpred.losses.sinkhorn import SinkhornLoss, sinkhorn_loss
+from setpred.losses.sliced import SlicedWassersteinLoss, sliced_wasserstein_loss
 
 __all__ = [
     "HungarianLoss",
@@ -15,6 +16,8 @@ __all__ = [
     "chamfer_loss",
     "SinkhornLoss",
     "sinkhorn_loss",
+    "SlicedWassersteinLoss",
+    "sliced_wasserstein_loss",
     "earth_mover_distance",
     "matched_cross_entropy",
     "matched_focal_loss",

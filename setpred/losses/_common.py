@@ -209,6 +209,14 @@ def as_weight(pred_mask: Tensor) -> Tensor:
     return torch.where(pred_mask > 0, pred_mask, 0 * pred_mask.detach().sqrt())
 
 
+def distribution(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights (S, N) of sum 1, and which sets (S,) are empty; those get equal weights, to stay finite."""
+    weight = x.new_ones(x.shape[:2]) if mask is None else mask.to(x.dtype)
+    total = weight.sum(1, keepdim=True)
+    empty = total == 0
+    return torch.where(empty, 1 / max(x.shape[1], 1), weight / torch.where(empty, 1, total)), empty.squeeze(1)
+
+
 def nothing(*given: Tensor) -> Tensor:
     """Loss (S,) where a side has no rows: 0, but connected to all that was given, and NaN where that is."""
     return sum((0 * x.flatten(1).sum(1) for x in given), given[0].new_zeros(len(given[0])))

@@ -3,7 +3,6 @@
 from dataclasses import KW_ONLY
 from typing import Literal, TypedDict, overload
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -16,6 +15,7 @@ from setpred.losses._common import (
     SetLoss,
     as_weight,
     check_sees_mask,
+    distribution,
     enter,
     fill_up,
     full_precision,
@@ -166,8 +166,8 @@ def sinkhorn_loss(
     with full_precision(pred.device):
         if x_mask is not None:
             pred = pred.masked_fill((x_mask == 0).unsqueeze(-1), 0)
-        x_weight, x_empty = _weights(pred, x_mask)
-        y_weight, y_empty = _weights(target, y_mask)
+        x_weight, x_empty = distribution(pred, x_mask)
+        y_weight, y_empty = distribution(target, y_mask)
 
         def transport(x: Tensor, y: Tensor, x_weight: Tensor, y_weight: Tensor | None) -> Transport:
             costs = cost_of_all_pairs(x, y, cost)
@@ -188,14 +188,6 @@ def sinkhorn_loss(
         return loss
     masked = (x.masked_fill(empty.view(-1, *[1] * (x.dim() - 1)), 0) for x in found)
     return loss, Transport(*(x.view(sets.shape + x.shape[1:]) for x in masked))
-
-
-def _weights(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weights (S, N) of sum 1, and which sets (S,) are empty; those get equal weights, to stay finite."""
-    weight = x.new_ones(x.shape[:2]) if mask is None else mask.to(x.dtype)
-    total = weight.sum(1, keepdim=True)
-    empty = total == 0
-    return torch.where(empty, 1 / max(x.shape[1], 1), weight / torch.where(empty, 1, total)), empty.squeeze(1)
 
 
 def _check_options(

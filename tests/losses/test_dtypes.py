@@ -17,6 +17,7 @@ from setpred import (
     PooledEncoder,
     RelationEncoder,
     SinkhornLoss,
+    SlicedWassersteinLoss,
     representation_loss,
 )
 from setpred.functional import entropic_transport, nearest_neighbours, paired_cost, pairwise_cost
@@ -34,6 +35,8 @@ every_loss = pytest.mark.parametrize(
     [
         *(kind(presence=presence) for kind in (HungarianLoss, ChamferLoss) for presence in ("feature", "bce", "none")),
         *(SinkhornLoss(iters=2, presence=presence) for presence in ("feature", "none")),
+        SlicedWassersteinLoss(directions=torch.eye(C + 1)),
+        SlicedWassersteinLoss(directions=torch.eye(C), presence="none"),
     ],
     ids=str,
 )

@@ -14,6 +14,7 @@ from setpred import (
     PooledEncoder,
     RelationEncoder,
     SinkhornLoss,
+    SlicedWassersteinLoss,
     chamfer_loss,
     pad_sets,
     sinkhorn_loss,
@@ -25,6 +26,8 @@ N, C, D = 6, 2, 8
 LOSSES = [
     *(loss(presence=presence) for loss in (HungarianLoss, ChamferLoss) for presence in ("feature", "bce", "none")),
     *(SinkhornLoss(iters=4, presence=presence) for presence in ("feature", "none")),
+    SlicedWassersteinLoss(directions=torch.eye(C + 1)),
+    SlicedWassersteinLoss(directions=torch.eye(C), presence="none"),
 ]
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=str)
 SIZES = [[1, 2], [0, 0], [0, 3], [6, 1]]
