@@ -1,5 +1,7 @@
 """Sinkhorn loss: optimal transport between two sets, smoothed so that no assignment is made."""
 
+from __future__ import annotations  # torch.compile cannot evaluate the annotations of nested functions
+
 from dataclasses import KW_ONLY
 from typing import Literal, TypedDict, overload
 

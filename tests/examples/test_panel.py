@@ -70,7 +70,7 @@ def test_quick_run_is_gone_on_with(tmp_path, monkeypatch):
             best = max(first, key=first.get) if task == "shapes" else min(first, key=first.get)
             assert [run["lr"] for run in own if run["seed"] == 1] == [best]
             assert len({run["decoder settings"] for run in own}) == 1
-    assert table_of(tmp_path)[0] == ["task", "", "MLP", "DSPN", "DSPN, 80 steps", "DSPN, 4 starts of 40 steps"]
+    assert table_of(tmp_path)[0] == ["task", "", "MLP", "DSPN", "DSPN, 80 steps", "DSPN, 4 starts"]
 
     text = (tmp_path / "panel.md").read_text()
     with monkeypatch.context() as patch:
@@ -147,7 +147,7 @@ def test_report_shows_test_scores_of_what_is_best_on_validation(tmp_path, monkey
     write_run(tmp_path, "boxes", "dspn", 3e-4, 0, final=0.9, test=0.9)  # not all learning rates yet
     panel.main(["--report", "--out", str(tmp_path)])
     rows = table_of(tmp_path)
-    assert rows[0] == ["task", "", "DSPN", "DSPN, 80 steps", "DSPN, 4 starts of 40 steps", "MLP", "LSTM"]
+    assert rows[0] == ["task", "", "DSPN", "DSPN, 80 steps", "DSPN, 4 starts", "MLP", "LSTM"]
     assert rows[1] == [
         "digits",
         "Hungarian error x 1e4",
