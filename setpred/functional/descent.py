@@ -295,7 +295,7 @@ def descend(
             y, state, _, _ = step(y, state, args)
             return done + 1, *_laid_out((y, state))
 
-        start = torch.zeros((), dtype=torch.int64)
+        start = torch.zeros((), dtype=torch.int64, device=y[0].device)  # whatever the default device is
         carried = (start, *_laid_out((y, rule.init(y))))
         looped = torch.while_loop(lambda done, y, state: done < steps, body, carried)  # type: ignore[no-untyped-call]
         return looped[1], looped[2]

@@ -170,3 +170,11 @@ def test_inference_of_sets_without_masks_from_random_starts() -> None:
         elements, mask, _ = torch.compile(decoder, fullgraph=True, backend="aot_eager")(z)
     assert elements.shape == (3, 5, 2)
     assert (mask == 1).all()
+
+
+def test_the_loop_is_where_the_sets_are_whatever_the_default_device() -> None:
+    torch.compiler.reset()
+    decoder, z = DSPNDecoder.recommended(PooledEncoder(2, Z, 16), set_size=5, channels=2).eval(), torch.randn(3, Z)
+    with torch.no_grad(), torch.device("meta"):
+        elements, _, _ = torch.compile(decoder, fullgraph=True, backend="aot_eager")(z)
+    assert elements.isfinite().all()
