@@ -26,7 +26,7 @@ from setpred.decoders._watch import Watch
 from setpred.decoders.diagnosis import Diagnosis, diagnose
 from setpred.encoders.base import SetEncoder, encode, parameter_dtype
 from setpred.functional._recompute import check_versions, uncompiled
-from setpred.functional.descent import Descent, descend, outside_inference
+from setpred.functional.descent import Descent, constant, descend, outside_inference
 from setpred.functional.representation import KINDS, Kind, distance
 from setpred.functional.step import GradientDescent, PolyakDescent, StepRule, as_rule
 from setpred.losses.dspn import SetLoss
@@ -488,12 +488,13 @@ class DSPNDecoder(nn.Module):
         def project(y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             if self.mask_clamp is None:
                 return self._project(y[0], torch.ones_like(y[0][..., 0]))[:1]
-            return self._project(y[0], y[1].clamp(*self.mask_clamp))
+            low, high = self.mask_clamp
+            return self._project(y[0], y[1].clamp(constant(low), constant(high)))
 
         # Fused attention has no second derivative; where none will be taken, it is faster.
         with sdpa_kernel(SDPBackend.MATH) if differentiable else nullcontext():
             return descend(
-                Objective(encoder, self.repr_loss, self.anchor),
+                Objective(encoder, self.repr_loss, constant(self.anchor)),
                 (elements,) if mask is None else (elements, mask),
                 steps=iters,
                 lr=self.lr,

@@ -160,6 +160,20 @@ def _check_init(init: Tensor | Point) -> None:
         raise ValueError(f"`init` must have the batch as first dimension, got shape {shapes}")
 
 
+def constant(number: float) -> float:
+    """As it is, for torch.compile too, which makes a symbol of what differs between calls: a loop does not take one."""
+    return float(f"{number!r}") if torch.compiler.is_dynamo_compiling() else number
+
+
+def _with_constants(rule: StepRule) -> StepRule:
+    if type(rule) is PolyakDescent:
+        return PolyakDescent(constant(rule.max_lr), constant(rule.momentum))
+    if type(rule) is GradientDescent:
+        clip = None if rule.grad_clip is None else constant(rule.grad_clip)
+        return GradientDescent(constant(rule.lr), constant(rule.momentum), rule.nesterov, clip)
+    return rule
+
+
 def descend(
     objective: Callable[..., Tensor],
     init: Y,
@@ -228,10 +242,11 @@ def descend(
     Source: Zhang et al. (NeurIPS 2019), equation 5; implicit: Zhang et al. (ICLR 2022), section 3.
     """
     check_count("steps", steps)
-    rule: StepRule = as_rule(lr)
+    rule: StepRule = _with_constants(as_rule(lr))
     check_choice("differentiate", differentiate, ("unrolled", "implicit"))
     if tol is not None:
         check_at_least("tol", tol, -math.inf)
+        tol = constant(tol)
     if checkpoint and differentiate == "implicit":
         raise ValueError("`checkpoint` must be False when `differentiate` is 'implicit', which keeps but one step")
     checkpoint = checkpoint and torch.is_grad_enabled()
@@ -295,7 +310,7 @@ def descend(
             y, state, _, _ = step(y, state, args)
             return done + 1, *_laid_out((y, state))
 
-        start = torch.zeros((), dtype=torch.int64)
+        start = torch.zeros((), dtype=torch.int64, device=y[0].device)  # whatever the default device is
         carried = (start, *_laid_out((y, rule.init(y))))
         looped = torch.while_loop(lambda done, y, state: done < steps, body, carried)  # type: ignore[no-untyped-call]
         return looped[1], looped[2]

@@ -73,7 +73,8 @@ def entropic_transport(
     are infinite.
 
     Found by Sinkhorn's iterations; during the first of them, epsilon falls from the largest cost of the sample. The
-    value has the first derivatives that it has once converged, by the cost the plan; a second one is an error.
+    value has the first derivatives that it has once converged, by the cost the plan; a second one is an error, and NaN
+    in what is compiled.
     Computed in float32 at least.
     ``torch.compile`` takes it as one operator.
 
@@ -167,12 +168,15 @@ def transport_of(
     cost, row_weight = _once(cost), _once(row_weight)
     col_weight = row_weight if col_weight is None else _once(col_weight)
     derivative = (plan * cost).sum((1, 2)) + (by_a * row_weight).sum(1) + (by_b * col_weight).sum(1)
-    return Transport(value + (derivative - derivative.detach()), plan, f, g, error)
+    change = derivative - derivative.detach()
+    if torch.compiler.is_compiling():  # where _once() does nothing: |x|^1.5 has a first derivative of 0, and no second
+        change = change + change.abs().pow(1.5)
+    return Transport(value + change, plan, f, g, error)
 
 
 def _once(x: Tensor) -> Tensor:
     """The same, but a second derivative by it is an error: the plan, the first one, is held fixed."""
-    if torch.compiler.is_compiling():  # compiled functions have none anyway
+    if torch.compiler.is_compiling():  # which does not take it: NaN, see above
         return x
     once: Tensor = _Once.apply(x, x[:, :0].clone())
     return once

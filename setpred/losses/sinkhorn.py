@@ -93,7 +93,7 @@ def sinkhorn_loss(
     with the entropic optimal transport :math:`\operatorname{OT}_\epsilon` of
     :func:`~setpred.functional.sinkhorn.entropic_transport`. It is 0 for equal sets and positive otherwise; between the
     Hungarian loss (epsilon towards 0, equal sizes) and a kernel distance (epsilon large). It differentiates once; a
-    second derivative is an error.
+    second derivative is an error, and NaN in what is compiled.
 
     - ``presence="feature"``: the mask is one more channel on both sides, ones where it is None, and all rows weigh
       the same. Absent targets are zeros, and M counts as N, or as the present targets if those are more: however a

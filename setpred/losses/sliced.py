@@ -56,7 +56,8 @@ def sliced_wasserstein_loss(
         pred_mask: Predicted presence in [0, 1], floating, shape ``(B, N)`` or ``(K, B, N)``.
         target_mask: Bool or float {0, 1}, shape ``(B, M)``; None means that all are present.
         directions: How many are drawn anew at each call, L, or the directions themselves, shape ``(L, C)``, with
-            ``"feature"`` ``(L, C + 1)``; their length is made 1.
+            ``"feature"`` ``(L, C + 1)``; their length is made 1; one of length 0 makes the loss
+            NaN.
         power: Exponent p, at least 1.
         presence: ``"feature"`` or ``"none"``.
         reduction: ``"mean"`` or ``"sum"`` over sets, or ``"none"``: shape ``(B,)`` or ``(K, B)``.
@@ -84,6 +85,7 @@ def sliced_wasserstein_loss(
     channels = pred.shape[2]
     if isinstance(directions, Tensor):
         check_shape("directions", directions, "L", channels)
+        check_at_least("directions", len(directions), 1)
         lines = directions.to(pred)
     else:
         lines = torch.randn(directions, channels, device=pred.device, dtype=pred.dtype)
@@ -95,7 +97,7 @@ def sliced_wasserstein_loss(
             pred = pred.masked_fill((x_mask == 0).unsqueeze(-1), 0)
         x_weight, x_empty = distribution(pred, x_mask)
         y_weight, y_empty = distribution(target, y_mask)
-        lines = F.normalize(lines, dim=1)
+        lines = lines / lines.norm(dim=1, keepdim=True)  # NaN for what is no direction
         value = _transport(lines @ pred.mT, x_weight, lines @ target.mT, y_weight, power).mean(1)
         value = keep_nan(value.masked_fill(x_empty | y_empty, 0), pred, target, x_weight)
     return reduce(value, reduction, sets.shape)

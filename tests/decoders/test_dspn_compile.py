@@ -15,6 +15,7 @@ from torch import nn
 from setpred import (
     DSPNDecoder,
     GradientDescent,
+    PolyakDescent,
     PooledEncoder,
     RelationEncoder,
     SetPrediction,
@@ -170,3 +171,33 @@ def test_inference_of_sets_without_masks_from_random_starts() -> None:
         elements, mask, _ = torch.compile(decoder, fullgraph=True, backend="aot_eager")(z)
     assert elements.shape == (3, 5, 2)
     assert (mask == 1).all()
+
+
+def test_the_loop_is_where_the_sets_are_whatever_the_default_device() -> None:
+    torch.compiler.reset()
+    decoder, z = DSPNDecoder.recommended(PooledEncoder(2, Z, 16), set_size=5, channels=2).eval(), torch.randn(3, Z)
+    with torch.no_grad(), torch.device("meta"):
+        elements, _, _ = torch.compile(decoder, fullgraph=True, backend="aot_eager")(z)
+    assert elements.isfinite().all()
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_numbers_that_differ_between_decoders(train: bool) -> None:
+    """torch.compile makes symbols of them, which a loop does not take."""
+    torch.compiler.reset()
+    z = torch.randn(3, Z)
+    for lr, tol, clamp, anchor in (
+        (PolyakDescent(), 0.01, (0.0, 1.0), 0.1),
+        (PolyakDescent(0.5, momentum=0.8), 0.02, (0.1, 0.9), 0.2),
+        (GradientDescent(0.5, momentum=0.8, grad_clip=1.0), 0.02, (0.1, 0.9), 0.2),
+        (GradientDescent(0.6, momentum=0.9, grad_clip=2.0), 0.03, (0.2, 0.8), 0.3),
+    ):
+        decoder = DSPNDecoder.recommended(
+            PooledEncoder(2, Z, 16), iters=4, set_size=5, channels=2, lr=lr, tol=tol, mask_clamp=clamp, anchor=anchor
+        )
+        results = []
+        for decode in (decoder, torch.compile(decoder, fullgraph=True, backend="aot_eager")):
+            torch.manual_seed(0)
+            with torch.set_grad_enabled(train):
+                results.append(tuple(decode(z)[:2]))
+        torch.testing.assert_close(*results)

@@ -1,5 +1,6 @@
 """Entropic transport: against its formula and POT, balanced and not, and where numbers are extreme."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -388,3 +389,20 @@ def test_second_derivatives_are_refused(way: str, place: int | str, rho: float |
         (first,) = torch.autograd.grad(value(x), x, create_graph=True)
         with pytest.raises(RuntimeError, match="no second derivative: it differentiates once"):
             first.sum().backward()
+
+
+@pytest.mark.parametrize("way", ["twice", "forward of reverse", "of each sample"])
+def test_compiled_second_derivatives_are_nan(way: str) -> None:
+    """Where the refusal does not compile."""
+    torch.compiler.reset()
+    cost, a, b = problem()
+
+    def value(cost: Tensor) -> Tensor:
+        return entropic_transport(cost, a, b).value.square().sum()
+
+    def compiled(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return torch.compile(f, fullgraph=True, backend="aot_eager")
+
+    torch.testing.assert_close(compiled(lambda x: grad(value)(x))(cost), grad(value)(cost), **EXACT)
+    found = compiled(lambda x: SECOND[way](value, x))(cost)
+    assert (found[1] if isinstance(found, tuple) else found).isnan().all()

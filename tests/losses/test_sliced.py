@@ -183,3 +183,13 @@ def test_errors(options: dict[str, object], message: str) -> None:
 def test_directions_of_another_shape() -> None:
     with pytest.raises(ValueError, match=r"^`directions` must have shape \(L, 4\), got float64 of shape \(4, 3\)$"):
         sliced_wasserstein_loss(*random_sets(4, 3)[:2], directions=lines())
+
+
+def test_what_is_no_direction() -> None:
+    pred, target, *_ = random_sets(4, 3)
+    with pytest.raises(ValueError, match=r"^`directions` must be at least 1, got 0$"):
+        sliced_wasserstein_loss(pred, target, directions=lines(C + 1, 0))
+    directions = lines(C + 1)
+    short = sliced_wasserstein_loss(pred, target, directions=1e-20 * directions)
+    torch.testing.assert_close(short, sliced_wasserstein_loss(pred, target, directions=directions), **EXACT)
+    assert sliced_wasserstein_loss(pred, target, directions=0 * directions).isnan()
