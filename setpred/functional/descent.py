@@ -162,7 +162,7 @@ def _check_init(init: Tensor | Point) -> None:
 
 def constant(number: float) -> float:
     """As it is, for torch.compile too, which makes a symbol of what differs between calls: a loop does not take one."""
-    return float(f"{number!r}") if torch.compiler.is_dynamo_compiling() else number
+    return float(f"{number}") if torch.compiler.is_dynamo_compiling() else number
 
 
 def _with_constants(rule: StepRule) -> StepRule:

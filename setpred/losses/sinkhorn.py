@@ -138,6 +138,7 @@ def sinkhorn_loss(
         RuntimeError: If a second derivative is taken.
 
     Example:
+        >>> import torch
         >>> x, y = torch.tensor([[[0.0], [1.0]]]), torch.tensor([[[1.0], [0.0]]])
         >>> loss, transport = sinkhorn_loss(x, y, return_transport=True)
         >>> loss.abs() < 1e-6
@@ -223,6 +224,7 @@ class SinkhornLoss(SetLoss):
         ValueError: If a number is out of its range or a choice is unknown.
 
     Example:
+        >>> import torch
         >>> loss = SinkhornLoss(epsilon=0.1, presence="none")
         >>> loss(torch.tensor([[[0.0], [4.0]]]), torch.tensor([[[2.0]]]))
         tensor(3.9653)

@@ -56,8 +56,7 @@ def sliced_wasserstein_loss(
         pred_mask: Predicted presence in [0, 1], floating, shape ``(B, N)`` or ``(K, B, N)``.
         target_mask: Bool or float {0, 1}, shape ``(B, M)``; None means that all are present.
         directions: How many are drawn anew at each call, L, or the directions themselves, shape ``(L, C)``, with
-            ``"feature"`` ``(L, C + 1)``; their length is made 1; one of length 0 makes the loss
-            NaN.
+            ``"feature"`` ``(L, C + 1)``; their length is made 1; one of length 0 makes the loss NaN.
         power: Exponent p, at least 1.
         presence: ``"feature"`` or ``"none"``.
         reduction: ``"mean"`` or ``"sum"`` over sets, or ``"none"``: shape ``(B,)`` or ``(K, B)``.

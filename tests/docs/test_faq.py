@@ -142,6 +142,8 @@ CALLS: list[Callable[[], object]] = [
 GONE_SINCE = {"the derivative for '_cdist_backward' is not implemented": "2.14"}
 
 
+# PyTorch's own: it defines operators by scripts when forward mode is first used.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 @pytest.mark.parametrize(("message", "call"), list(zip(MESSAGES, CALLS, strict=True)), ids=MESSAGES)
 def test_message(message: str, call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assignment, "_cuda_solver_installed", lambda: False)  # also where it is
