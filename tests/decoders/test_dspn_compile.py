@@ -132,6 +132,7 @@ def test_one_step_is_compiled_whatever_their_number(train: bool) -> None:
         return graph
 
     for iters in (4, 9):
+        torch._dynamo.reset()  # or the number becomes a symbol, which has nodes of its own
         decoder = DSPNDecoder.recommended(PooledEncoder(2, Z, 16), iters=iters, set_size=5, channels=2)
         with torch.set_grad_enabled(train):
             torch.compile(decoder, fullgraph=True, backend=backend)(torch.randn(3, Z))
