@@ -1,9 +1,10 @@
-"""Costs of class logits, beside :func:`~setpred.functional.pairwise.cross_entropy_cost`."""
+"""Costs of class logits, beside :func:`~setpred.functional.pairwise.cross_entropy_cost`; who should have which."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from setpred._checks import check_at_least, check_finite, check_number
+from setpred._checks import check_at_least, check_finite, check_number, check_range
 from setpred.functional.pairwise import as_sets
 
 
@@ -24,7 +25,6 @@ def probability_cost(logits: Tensor, target: Tensor) -> Tensor:
         TypeError: If a dtype is not floating.
 
     Example:
-        >>> import torch
         >>> probability_cost(torch.zeros(1, 1, 4), torch.eye(4)[:2].unsqueeze(0))
         tensor([[[0.7500, 0.7500]]])
 
@@ -73,7 +73,6 @@ def focal_cost(logits: Tensor, target: Tensor, *, alpha: float = 0.25, gamma: fl
         TypeError: If a dtype is not floating, or an option is no number.
 
     Example:
-        >>> import torch
         >>> focal_cost(torch.tensor([[[0.0, 4.0]]]), torch.eye(2).unsqueeze(0))
         tensor([[[-0.0866, -2.9062]]])
 
@@ -83,3 +82,11 @@ def focal_cost(logits: Tensor, target: Tensor, *, alpha: float = 0.25, gamma: fl
     logits, target = as_sets(logits, target, "logits", "target")
     there, absent = alpha * focal_term(logits, gamma), (1 - alpha) * focal_term(-logits, gamma)
     return (there - absent) @ target.transpose(-1, -2)
+
+
+def matched_classes(classes: Tensor, matching: Tensor, nobody: int) -> Tensor:
+    """Class (..., B, N) that each prediction should have, of the targets' (B, M); ``nobody`` where it has no target."""
+    matched, targets = matching >= 0, classes.shape[1]
+    check_range("matching", matching, targets, matched)
+    padded = torch.cat([classes, classes.new_full((len(classes), 1), nobody)], 1)
+    return padded.expand(*matching.shape[:-1], -1).gather(-1, matching.where(matched, targets))

@@ -182,14 +182,18 @@ def _once(x: Tensor) -> Tensor:
     return once
 
 
-class _Once(torch.autograd.Function):
-    """Identity, with a gradient that depends on where it was taken: on a tensor without elements, to keep no memory."""
+class _Identity(torch.autograd.Function):
+    """Identity in the first argument."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, _: Tensor) -> Tensor:
         return x.view_as(x)
+
+
+class _Once(_Identity):
+    """With a gradient that depends on where it was taken: on a tensor without elements, to keep no memory."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -206,14 +210,8 @@ class _Once(torch.autograd.Function):
         return once
 
 
-class _Refuse(torch.autograd.Function):
-    """Identity in the first argument, without a derivative."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, _: Tensor) -> Tensor:
-        return x.view_as(x)
+class _Refuse(_Identity):
+    """Without a derivative."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from setpred._checks import check_at_least, check_choice, check_finite, check_integers, check_range, check_tensor
 from setpred.functional._precision import common_dtype
-from setpred.functional.classes import check_focal, focal_term
+from setpred.functional.classes import check_focal, focal_term, matched_classes
 from setpred.losses._common import REDUCTIONS, Reduction, full_precision
 
 
@@ -126,13 +126,9 @@ def _check(logits: Tensor, classes: Tensor, matching: Tensor, reduction: object,
 
 
 def _wanted(classes: Tensor, matching: Tensor, nobody: int) -> Tensor:
-    """Class that each prediction should have, ``nobody`` where it has no target."""
-    targets = classes.shape[1]
-    matched = matching >= 0
-    check_range("matching", matching, targets, matched)
-    padded = torch.cat([classes, classes.new_full((len(classes), 1), nobody)], 1)
-    wanted = padded.expand(*matching.shape[:-1], -1).gather(-1, matching.where(matched, targets))
-    check_range("classes", wanted, nobody, matched)
+    """Class that each prediction should have, ``nobody`` where it has no target; others are checked."""
+    wanted = matched_classes(classes, matching, nobody)
+    check_range("classes", wanted, nobody, matching >= 0)
     return wanted
 
 

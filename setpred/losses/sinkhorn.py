@@ -246,28 +246,6 @@ class SinkhornLoss(SetLoss):
     def __post_init__(self) -> None:
         _check_options(**self.options)
 
-    @overload
-    def forward(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        pred_mask: Tensor | None = None,
-        target_mask: Tensor | None = None,
-        *,
-        return_transport: Literal[False] = False,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        pred_mask: Tensor | None = None,
-        target_mask: Tensor | None = None,
-        *,
-        return_transport: Literal[True],
-    ) -> tuple[Tensor, Transport]: ...
-
     def forward(
         self,
         pred: Tensor,

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from setpred._checks import check_integers, check_mask, check_range, check_tensor
+from setpred._checks import check_integers, check_mask, check_tensor
+from setpred.functional.classes import matched_classes
 
 
 def cardinality_error(pred_mask: Tensor, target_mask: Tensor) -> Tensor:
@@ -72,9 +73,6 @@ def matching_accuracy(logits: Tensor, classes: Tensor, matching: Tensor) -> Tens
     check_integers("matching", matching, *logits.shape[:-1])
     check_integers("classes", classes, *matching.shape[-2:-1], "M")
     matched = matching >= 0
-    check_range("matching", matching, classes.shape[1], matched)
-    padded = torch.cat([classes, classes.new_zeros(len(classes), 1)], 1)  # something to gather where there is none
-    wanted = padded.expand(*matching.shape[:-1], -1).gather(-1, matching.where(matched, classes.shape[1]))
-    right = (logits.argmax(-1) == wanted) & matched
+    right = (logits.argmax(-1) == matched_classes(classes, matching, -1)) & matched
     accuracy = right.sum((-2, -1)).float() / matched.sum((-2, -1))
     return accuracy.masked_fill((logits.isnan().any(-1) & matched).any(-1).any(-1), torch.nan)

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from setpred._checks import as_presence, check_finite, check_positive, check_shape
-from setpred.functional._precision import common_dtype
+from setpred._checks import as_presence, check_finite, check_positive
 from setpred.functional.nearest import nearest_neighbours
-from setpred.functional.pairwise import cost_of_pairs, euclidean_cost
+from setpred.functional.pairwise import as_sets, cost_of_pairs, euclidean_cost
 
 
 def point_f_score(
@@ -46,21 +45,19 @@ def point_f_score(
 
     Source: Knapitsch et al., Tanks and temples (SIGGRAPH 2017), section 5.
     """
-    check_shape("pred", pred, "B", "N", "C")
-    check_shape("target", target, pred.shape[0], "M", pred.shape[2])
+    pred, target = as_sets(pred, target, "pred", "target")
     check_positive("threshold", threshold)
     check_finite("threshold", threshold)
     exists, present = as_presence("pred_mask", pred_mask, pred), as_presence("target_mask", target_mask, target)
-    dtype = common_dtype(pred, target)
     with torch.no_grad():
-        x = torch.where(exists.unsqueeze(-1), pred.to(dtype), 0)
-        y = torch.where(present.unsqueeze(-1), target.to(dtype), 0)
+        x = torch.where(exists.unsqueeze(-1), pred, 0)
+        y = torch.where(present.unsqueeze(-1), target, 0)
         # A NaN would hide all other points from the search.
         x_mask, y_mask = (mask & ~side.isnan().any(-1) for side, mask in ((x, exists), (y, present)))
         of_x, of_y = nearest_neighbours(x, y, "mse", x_mask=x_mask, y_mask=y_mask)
         precision = _share_near(x, y, of_x, exists, threshold)
         recall = _share_near(y, x, of_y, present, threshold)
-        score = 2 * precision * recall / (precision + recall).clamp(min=torch.finfo(dtype).tiny)
+        score = 2 * precision * recall / (precision + recall).clamp(min=torch.finfo(pred.dtype).tiny)
         return torch.where(exists.any(1) | present.any(1), score, 1)
 
 

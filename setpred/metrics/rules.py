@@ -7,6 +7,7 @@ from torch import Tensor
 
 from setpred._checks import check_count, check_positive, check_shape
 from setpred.functional._precision import common_dtype
+from setpred.functional.pairwise import as_sets
 
 
 def attribute_distance(
@@ -37,8 +38,7 @@ def attribute_distance(
         tensor([[[0.5000],
                  [   inf]]])
     """
-    check_shape("pred", pred, "B", "N", "C")
-    check_shape("target", target, pred.shape[0], "M", pred.shape[2])
+    pred, target = as_sets(pred, target, "pred", "target")
     check_count("coordinates", coordinates, 0)
     if not isinstance(groups, Sequence):
         raise TypeError(f"`groups` must be a sequence of integers, got {groups!r}")
@@ -49,8 +49,6 @@ def attribute_distance(
         raise ValueError(
             f"`pred` must have {coordinates} coordinates and {sum(groups)} channels of attributes, got {pred.shape[2]}"
         )
-    dtype = common_dtype(pred, target)
-    pred, target = pred.to(dtype), target.to(dtype)
     distance = torch.cdist(
         pred[..., :coordinates], target[..., :coordinates], compute_mode="donot_use_mm_for_euclid_dist"
     )
