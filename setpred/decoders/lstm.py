@@ -4,13 +4,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from setpred._checks import check_count, check_interval, check_shape, explained
-from setpred.decoders.mlp import as_prediction
-from setpred.scaler import StandardScaler, check_scaler
+from setpred._checks import check_shape, explained
+from setpred.decoders.direct import DirectDecoder
+from setpred.scaler import StandardScaler
 from setpred.sets import SetPrediction
 
 
-class LSTMDecoder(nn.Module):
+class LSTMDecoder(DirectDecoder):
     """Decode vectors into sets by an LSTM that emits one element a step.
 
     The vector, mapped to the cell's width, is the initial cell state; the hidden state and the inputs are zeros. Each
@@ -52,20 +52,12 @@ class LSTMDecoder(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_count("in_channels", in_channels)
-        check_count("set_size", set_size)
-        check_count("channels", channels)
-        check_count("hidden_channels", hidden_channels)
-        check_interval("mask_clamp", mask_clamp)
-        check_scaler(scaler, channels)
-        self.in_channels, self.set_size, self.channels = in_channels, set_size, channels
-        self.mask_clamp, self.scaler = mask_clamp, scaler
-        width = channels + int(mask_clamp is not None)
+        super().__init__(in_channels, set_size, channels, hidden_channels, mask_clamp=mask_clamp, scaler=scaler)
         self.cell = nn.Linear(in_channels, hidden_channels, device=device, dtype=dtype)
         self.lstm = nn.LSTM(1, hidden_channels, batch_first=True, device=device, dtype=dtype)
-        self.output = nn.Linear(hidden_channels, width, device=device, dtype=dtype)
+        self.output = nn.Linear(hidden_channels, self.out_channels, device=device, dtype=dtype)
 
+    @override
     def reset_parameters(self) -> None:
         """Draw new parameters, as `nn.Linear` and `nn.LSTM` do."""
         for layer in (self.cell, self.lstm, self.output):
@@ -89,8 +81,4 @@ class LSTMDecoder(nn.Module):
         cell = self.cell(z).unsqueeze(0)
         with explained("LSTMDecoder", "PyTorch has rules for an LSTM in torch.func.grad only"):
             steps, _ = self.lstm(cell.new_zeros(len(z), self.set_size, 1), (torch.zeros_like(cell), cell))
-        return as_prediction(self.output(steps), self.channels, self.mask_clamp, self.scaler)
-
-    @override
-    def extra_repr(self) -> str:
-        return f"set_size={self.set_size}, channels={self.channels}, mask_clamp={self.mask_clamp}"
+        return self.as_prediction(self.output(steps))

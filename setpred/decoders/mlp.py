@@ -5,28 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from setpred._checks import check_count, check_interval, check_shape
-from setpred.scaler import StandardScaler, check_scaler, unscaled
+from setpred._checks import check_shape
+from setpred.decoders.direct import DirectDecoder
+from setpred.scaler import StandardScaler
 from setpred.sets import SetPrediction
 
 
-def as_prediction(
-    output: Tensor, channels: int, mask_clamp: tuple[float, float] | None, scaler: StandardScaler | None = None
-) -> SetPrediction:
-    """Split a baseline's output (B, N, C[+1]) into elements and mask.
-
-    As published, 1 is added to the mask: without it, outputs get stuck at zero. The value is clamped but the derivative
-    is that of the unclamped output, since a clamp would leave an output that starts above 1 there for good.
-    """
-    elements = unscaled(output[..., :channels], scaler)
-    if mask_clamp is None:
-        return SetPrediction(elements, torch.ones_like(output[..., 0]))
-    mask = output[..., channels] + 1
-    # In this order the value is exactly the clamped one: what is added is 0.
-    return SetPrediction(elements, mask.clamp(*mask_clamp).detach() + (mask - mask.detach()))
-
-
-class MLPDecoder(nn.Module):
+class MLPDecoder(DirectDecoder):
     """Decode vectors into sets by a three-layer MLP with one output per slot and feature.
 
     The order of its outputs is fixed by its weights, which is what makes it discontinuous as a predictor of sets (the
@@ -66,20 +51,12 @@ class MLPDecoder(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_count("in_channels", in_channels)
-        check_count("set_size", set_size)
-        check_count("channels", channels)
-        check_count("hidden_channels", hidden_channels)
-        check_interval("mask_clamp", mask_clamp)
-        check_scaler(scaler, channels)
-        self.in_channels, self.set_size, self.channels = in_channels, set_size, channels
-        self.mask_clamp, self.scaler = mask_clamp, scaler
-        width = channels + int(mask_clamp is not None)
+        super().__init__(in_channels, set_size, channels, hidden_channels, mask_clamp=mask_clamp, scaler=scaler)
         self.input = nn.Linear(in_channels, hidden_channels, device=device, dtype=dtype)
         self.hidden = nn.Linear(hidden_channels, hidden_channels, device=device, dtype=dtype)
-        self.output = nn.Linear(hidden_channels, set_size * width, device=device, dtype=dtype)
+        self.output = nn.Linear(hidden_channels, set_size * self.out_channels, device=device, dtype=dtype)
 
+    @override
     def reset_parameters(self) -> None:
         """Draw new parameters, as `nn.Linear` does."""
         for layer in (self.input, self.hidden, self.output):
@@ -101,8 +78,4 @@ class MLPDecoder(nn.Module):
         check_shape("z", z, "B", self.in_channels)
         hidden = F.relu(self.hidden(F.relu(self.input(z))))
         output = self.output(hidden).unflatten(1, (self.set_size, -1))
-        return as_prediction(output, self.channels, self.mask_clamp, self.scaler)
-
-    @override
-    def extra_repr(self) -> str:
-        return f"set_size={self.set_size}, channels={self.channels}, mask_clamp={self.mask_clamp}"
+        return self.as_prediction(output)

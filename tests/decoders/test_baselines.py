@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from setpred import HungarianLoss, LSTMDecoder, MLPDecoder, SetPrediction, StandardScaler
-from setpred.decoders.mlp import as_prediction
+from setpred.decoders.direct import as_prediction
 from tests import devices
 
 BOTH = pytest.mark.parametrize("make", [MLPDecoder, LSTMDecoder])
