@@ -55,7 +55,7 @@ class DirectDecoder(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Draw new parameters."""
 
-    def as_prediction(self, output: Tensor) -> SetPrediction:
+    def _as_prediction(self, output: Tensor) -> SetPrediction:
         """Split the network's output (..., N, out_channels) into elements and mask."""
         return as_prediction(output, self.channels, self.mask_clamp, self.scaler)
 

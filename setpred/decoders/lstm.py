@@ -81,4 +81,4 @@ class LSTMDecoder(DirectDecoder):
         cell = self.cell(z).unsqueeze(0)
         with explained("LSTMDecoder", "PyTorch has rules for an LSTM in torch.func.grad only"):
             steps, _ = self.lstm(cell.new_zeros(len(z), self.set_size, 1), (torch.zeros_like(cell), cell))
-        return self.as_prediction(self.output(steps))
+        return self._as_prediction(self.output(steps))

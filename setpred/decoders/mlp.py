@@ -78,4 +78,4 @@ class MLPDecoder(DirectDecoder):
         check_shape("z", z, "B", self.in_channels)
         hidden = F.relu(self.hidden(F.relu(self.input(z))))
         output = self.output(hidden).unflatten(1, (self.set_size, -1))
-        return self.as_prediction(output)
+        return self._as_prediction(output)
