@@ -4,7 +4,7 @@
     python examples/clevr_boxes.py                                             # rendered scenes, the paper's network
     python examples/clevr_boxes.py --data DIR                                  # DIR is CLEVR v1.0
     accelerate launch examples/clevr_boxes.py --data DIR                       # on several GPUs
-    python examples/clevr_boxes.py --evaluate out/clevr_boxes-dspn-0/best.pt --eval-steps 10 20 30 40
+    python examples/clevr_boxes.py --evaluate out/clevr_boxes-recommended-0/best.pt --eval-steps 20 40 80
 
 Two tables of average precision: as the paper has it, with one pixel added to the sides of boxes in an image that is
 itself one wide, which makes all its thresholds loose; and by the plain intersection over union.

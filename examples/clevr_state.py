@@ -4,7 +4,7 @@
     python examples/clevr_state.py                                             # rendered scenes, the paper's network
     python examples/clevr_state.py --data DIR                                  # DIR is CLEVR v1.0
     accelerate launch examples/clevr_state.py --data DIR                       # on several GPUs
-    python examples/clevr_state.py --evaluate out/clevr_state-dspn-0/best.pt --eval-steps 10 20 30 40
+    python examples/clevr_state.py --evaluate out/clevr_state-recommended-0/best.pt --eval-steps 20 40 80
 
 The table is the paper's: average precision, where an object is right if all its attributes are and its position is
 within a distance, in the scene's units.

@@ -5,7 +5,7 @@ A digit is the set of its pixels above the mean. A set encoder makes a vector of
     python examples/mnist_sets.py                       # scikit-learn's 8x8 digits, nothing to download
     python examples/mnist_sets.py --data DIR            # DIR/MNIST/raw holds MNIST's files
     python examples/mnist_sets.py --data DIR --decoder mlp
-    python examples/mnist_sets.py --evaluate out/mnist_sets-dspn-0/best.pt
+    python examples/mnist_sets.py --evaluate out/mnist_sets-recommended-0/best.pt
 
 The figure is the paper's: Chamfer distance with the Huber loss over x, y and mask, a mean over all rows, padding
 included, and over digits; the paper's table shows it times 1,000.
@@ -19,14 +19,14 @@ from typing import Any, ClassVar
 import common.requirements  # noqa: F401
 from common.arguments import count
 from common.batches import Batch, InMemory
-from common.decoders import DESCENT, Loss, evaluation_descent, make_decoder, make_loss
+from common.decoders import DESCENT, Loss, make_decoder, make_encoder, make_loss, make_scaler
 from common.engine import Predictions, Scores, run
 from common.mnist import LARGEST, LARGEST_SMALL, find_images, load_test_digits, load_training_digits
 from common.models import EncodedTarget, SetPredictor
 from common.plots import draw_set_grid
 from common.report import table
 
-from setpred import ChamferLoss, PooledEncoder, chamfer_loss
+from setpred import ChamferLoss, chamfer_loss
 
 FEW = 8  # digits of a part, with --quick
 
@@ -35,7 +35,6 @@ class MnistSets:
     """What the engine is told."""
 
     name = "mnist_sets"
-    eval_steps = (10,)
     lr = 0.01
     selection = "chamfer"
     largest = False
@@ -82,11 +81,11 @@ class MnistSets:
 
     def build(self, options: argparse.Namespace) -> tuple[SetPredictor, Loss]:
         """Make the autoencoder; DSPN decodes with the encoder itself."""
-        encoder = PooledEncoder(2, options.latent, options.width, scaling="dspn")
-        size = self.set_size(options)
-        decoder = make_decoder(options, encoder, latent=options.latent, set_size=size, channels=2, width=options.width)
-        model = SetPredictor(EncodedTarget(encoder), decoder, evaluation_descent(options, decoder))
-        return model, make_loss(options, encoder, ChamferLoss(), repr_weight=0)
+        encoder = make_encoder(options, "pooled", 2)
+        scaler = make_scaler(options, 2)
+        decoder = make_decoder(options, encoder, scaler, set_size=self.set_size(options), channels=2)
+        model = SetPredictor(EncodedTarget(encoder, scaler), decoder)
+        return model, make_loss(options, encoder, ChamferLoss(), scaler, repr_weight=0)
 
     def score(self, predictions: Predictions) -> dict[str, float]:
         """Compute the paper's metric."""

@@ -21,7 +21,13 @@ def test_the_whole_of_it_on_the_cpu(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + (tmp_path / "log.txt").read_text()
     files = {path.name for path in tmp_path.iterdir()}
-    assert files == {"results.json", "results.md", "log.txt", "boxes-idspn.png", "states-mlp.png"}  # four with a GPU
+    assert files == {
+        "results.json",
+        "results.md",
+        "log.txt",
+        "boxes-recommended.png",
+        "states-mlp.png",
+    }  # four with a GPU
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["parts"].keys() == LIMITS.keys()
     for part in results["parts"].values():

@@ -10,22 +10,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from common.arguments import changes, count, flags, fraction, not_negative, parse_given, positive, seed, whole
+from common.arguments import changes, count, flags, not_negative, parse_given, positive, seed, whole
 from common.checkpoint import load_best, load_origin
-from common.decoders import DESCENT, add_decoder_arguments
+from common.decoders import DESCENT, EVAL_STEPS, PUBLISHED, add_decoder_arguments
 
 BUDGET = ("epochs", "steps", "seconds")
 # How a run is carried out, not what it computes: a run that is resumed or evaluated does not pass these on.
 CARRIED_OUT = ("resume", "evaluate", "out", "device", "workers", "save_every", "tensorboard", "test")
 # What may be given with --evaluate: how and where it is carried out, and, with options of the experiment, what is done.
 EVALUATION = ("evaluate", "out", "device", "workers", "threads")
-EVALUATED = ("quick", "eval_steps", "eval_inner_lr", "eval_momentum")
+EVALUATED = ("quick", "eval_steps")
 QUICK = {"batch_size": 4, "validations": 2, "epochs": None, "steps": 4}  # defaults of --quick
 USED_BY = {  # the decoders that have a use for an option
-    **dict.fromkeys(("inner_steps", "inner_lr", "momentum", "set_encoder", "compile"), DESCENT),
-    **dict.fromkeys(("eval_steps", "eval_inner_lr", "eval_momentum"), DESCENT),
-    **dict.fromkeys(("anchor", "persistent"), ("idspn",)),
-    "loss_steps": ("dspn",),
+    **dict.fromkeys(("inner_steps", "eval_steps", "set_encoder", "compile"), DESCENT),
+    **dict.fromkeys(("inner_lr", "momentum"), tuple(PUBLISHED)),
 }
 
 
@@ -33,7 +31,6 @@ class Described(Protocol):
     """What the command line is told about an experiment; the docstring of its module is the description."""
 
     name: str
-    eval_steps: Sequence[int]
     lr: float
     evaluated: Sequence[str]  # own options that may be given with --evaluate
     quick: Mapping[str, Any]  # defaults of own options with --quick
@@ -108,16 +105,9 @@ def make_parser(experiment: Described) -> argparse.ArgumentParser:
         "--eval-steps",
         type=count,
         nargs="+",
-        default=list(experiment.eval_steps),
         metavar="T",
-        help="evaluate after these numbers of inner steps (dspn, idspn; default: "
-        f"{' '.join(map(str, experiment.eval_steps))})",
-    )
-    evaluation.add_argument(
-        "--eval-inner-lr", type=positive, metavar="LR", help="--inner-lr in evaluation (default: as in training)"
-    )
-    evaluation.add_argument(
-        "--eval-momentum", type=fraction, metavar="M", help="--momentum in evaluation (default: as in training)"
+        help="evaluate after these numbers of inner steps (default: "
+        f"{'; '.join(f'{name} ' + ' '.join(map(str, steps)) for name, steps in EVAL_STEPS.items())})",
     )
     evaluation.add_argument(
         "--validations",
@@ -164,7 +154,7 @@ def make_parser(experiment: Described) -> argparse.ArgumentParser:
     machine.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="torch.compile the decoder (dspn, idspn; default: on CUDA)",
+        help="torch.compile the decoder (recommended, dspn, idspn; default: on CUDA)",
     )
     return parser
 
@@ -220,7 +210,7 @@ def _complete(experiment: Described, options: argparse.Namespace, given: Mapping
     """Fill in what depends on other options."""
     if any(name in given for name in BUDGET):
         vars(options).update({name: given.get(name) for name in BUDGET})
-    options.eval_steps = sorted(set(options.eval_steps))
+    options.eval_steps = sorted(set(options.eval_steps or EVAL_STEPS.get(options.decoder, ())))
     if options.out is None and options.evaluate is not None:
         options.out = options.evaluate.parent
         if given.keys() - set(EVALUATION):

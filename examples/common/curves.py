@@ -42,24 +42,6 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], score: str, title: str, path
     plt.close(figure)
 
 
-def draw_comparison(curves: Runs, score: str, title: str, path: Path) -> None:
-    """Draw the validation score of several decoders against training time and steps, a line for each run.
-
-    Args:
-        curves: Decoder -> its runs, each a list of (step, seconds, score).
-        score: Name of the score.
-        title: What the data is.
-        path: Where to write the PNG.
-    """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), sharey=True, layout="constrained")
-    _draw_against_time_and_steps(left, right, curves, {name: f"C{i}" for i, name in enumerate(curves)})
-    left.set(ylabel=f"validation {score}", yscale="log")
-    figure.legend(loc="outside right center", fontsize=8, frameon=False)
-    figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def draw_panel(tasks: Mapping[str, tuple[str, bool, Runs]], path: Path) -> None:
     """Draw the validation curves of several tasks, each against training time and steps.
 

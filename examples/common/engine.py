@@ -35,10 +35,10 @@ from common.cli import Described, parse
 from common.curves import draw_curves
 from common.decoders import DESCENT, Loss, evaluation_work
 from common.models import SetPredictor
-from common.persistent import PersistentDescents
 
 LOG_EVERY = 20  # steps
 EVALUATION_BATCH = 100
+FITTED_ON = 4096  # samples of the training data that a scaler sees
 VALIDATIONS = 20  # the most, unless their number is given
 SHARE = 0.1  # of the training's work that they may be
 
@@ -226,19 +226,20 @@ def _train(
         "validations": 0,  # done
         "best": None,
     }
-    descents = PersistentDescents(options.persistent or 1)
     rng = None
     if options.resume and last.exists():
         checkpoint = load(last)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         rng = checkpoint["rng"]
-        descents.load_state_dict(checkpoint["descents"][accelerator.process_index], accelerator.device)
         state |= {name: checkpoint[name] for name in state if name != "options"}
         if main and state["best"] is not None and state["best"]["step"] == state["step"]:
             _save_best(state, model, out)  # the kill may have come between the two files
-    elif options.resume:
-        accelerator.print(f"nothing to resume in {out}: this is a new run")
+    else:
+        if options.resume:
+            accelerator.print(f"nothing to resume in {out}: this is a new run")
+        if model.decoder.scaler is not None:
+            model.decoder.scaler.fit((batch.elements, batch.mask) for batch in _first(train, options.batch_size))
     metrics = MetricsFile(out / "metrics.jsonl")
     if main:
         write_json(out / "config.json", _config(experiment, options, accelerator, model))
@@ -257,7 +258,7 @@ def _train(
         if len(loader) == 0:
             raise SystemExit(f"--batch-size {options.batch_size} is more than the training data, {len(train)} samples")
     progress = Progress(options, None if loader is None else len(loader))
-    batches = _batches(accelerator, train, loader, descents.batches_before(state["step"]))
+    batches = _batches(accelerator, train, loader, state["step"])
     on_one_thread = accelerator.device.type == "cpu" and torch.get_num_threads() == 1 and options.workers == 0
     clock = time.process_time if on_one_thread else time.perf_counter
     if options.validate_on is not None:
@@ -276,9 +277,9 @@ def _train(
 
     def save_last() -> None:
         state["running_loss"] = running.item()
-        rngs, left = gather_object([_get_rng()]), gather_object([descents.state_dict()])
+        rngs = gather_object([_get_rng()])
         if main:
-            parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": rngs, "descents": left}
+            parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": rngs}
             save(last, state | parts)
 
     bar = tqdm(
@@ -327,9 +328,8 @@ def _train(
             lr = options.lr * (1 if options.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * used)))
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            batch, start_at = descents.take(step, batches)
-            prediction, z = wrapped(batch, **start_at)
-            descents.leave(step, batch, prediction)
+            batch = next(batches)
+            prediction, z = wrapped(batch)
             value = loss(prediction, batch, z)
             optimizer.zero_grad()
             accelerator.backward(value)
@@ -378,6 +378,14 @@ def _batches(accelerator: Accelerator, train: Any, loader: Any, k: int) -> Itera
         for batch in rest:
             yield batch
             k += 1
+
+
+def _first(train: Dataset[Batch] | Stream, size: int) -> Iterator[Batch]:
+    """Take the first samples of the training data, enough to learn their scale from."""
+    if isinstance(train, Dataset):
+        few = Subset(train, range(min(FITTED_ON, len(train))))
+        return iter(DataLoader(few, batch_size=EVALUATION_BATCH, collate_fn=_collate))
+    return (train.batch(k, torch.device("cpu")) for k in range(max(FITTED_ON // size, 1)))
 
 
 def _collate(items: Batch | list[Batch]) -> Batch:

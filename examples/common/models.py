@@ -1,13 +1,13 @@
 """Networks around a set decoder: what makes the vector that it decodes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.batches import Batch
-from setpred import SetPrediction
+from setpred import SetPrediction, StandardScaler
 
 
 class SetPredictor(nn.Module):
@@ -16,12 +16,11 @@ class SetPredictor(nn.Module):
     Args:
         source: Makes vectors of batches.
         decoder: Makes sets of vectors.
-        evaluation: Attributes that the decoder has in `after` instead of its own.
     """
 
-    def __init__(self, source: nn.Module, decoder: nn.Module, evaluation: Mapping[str, float] | None = None) -> None:
+    def __init__(self, source: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
-        self.source, self.decoder, self.evaluation = source, decoder, dict(evaluation or {})
+        self.source, self.decoder = source, decoder
 
     def forward(self, batch: Batch, **options: object) -> tuple[SetPrediction, Tensor]:
         """Predict the sets of a batch; options go to the decoder. Returns the vectors too."""
@@ -30,12 +29,7 @@ class SetPredictor(nn.Module):
 
     def after(self, batch: Batch, steps: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
         """Predict elements and masks after each of these numbers of inner steps; one descent passes through all."""
-        own = {name: getattr(self.decoder, name) for name in self.evaluation}
-        vars(self.decoder).update(self.evaluation)
-        try:
-            trajectory = self(batch, iters=max(steps), record=True)[0].trajectory
-        finally:
-            vars(self.decoder).update(own)
+        trajectory = self(batch, iters=max(steps), record=True)[0].trajectory
         return {t: (trajectory.elements[t], trajectory.mask[t]) for t in steps}
 
     def count_parameters(self) -> int:
@@ -44,15 +38,16 @@ class SetPredictor(nn.Module):
 
 
 class EncodedTarget(nn.Module):
-    """The target set's own representation, so that the whole is an autoencoder."""
+    """The target set's own representation, so that the whole is an autoencoder; standardised first, if at all."""
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module, scaler: StandardScaler | None = None) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.scaler = encoder, scaler
 
     def forward(self, batch: Batch) -> Tensor:
         """Encode the target sets."""
-        z: Tensor = self.encoder(batch.elements, batch.mask)
+        elements = batch.elements if self.scaler is None else self.scaler(batch.elements, batch.mask)
+        z: Tensor = self.encoder(elements, batch.mask)
         return z
 
 

@@ -1,4 +1,4 @@
-"""Part e: the examples as a user runs them, four at once: boxes and states, by iDSPN and by the MLP."""
+"""Part e: the examples as a user runs them, four at once: boxes and states, by DSPN and by the MLP."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.cuda.part import ROOT, Options, main, row
 
-RUNS = (("clevr_boxes", "idspn"), ("clevr_boxes", "mlp"), ("clevr_state", "idspn"), ("clevr_state", "mlp"))
+RUNS = (("clevr_boxes", "recommended"), ("clevr_boxes", "mlp"), ("clevr_state", "recommended"), ("clevr_state", "mlp"))
 PICTURES = {"clevr_boxes": "boxes", "clevr_state": "states"}
 LONGEST = 240  # seconds of training
 AROUND = 80  # seconds for what comes before it and after it: rendering, evaluation, pictures
@@ -27,11 +27,11 @@ class Run:
         self.out, self.log = options.scratch / f"{script}-{decoder}", options.scratch / f"{script}-{decoder}.txt"
         arguments = ["--decoder", decoder, "--out", self.out, "--cache", options.scratch, "--device", options.device]
         if options.quick:
-            arguments += FEW + ["--eval-steps", 2] * (decoder == "idspn")
+            arguments += FEW + ["--eval-steps", 2] * (decoder == "recommended")
         else:
             arguments += ["--seconds", seconds, "--validations", 4, "--validate-on", 500]
             # Compiling 20 inner steps would take a good part of the time; what it gives, part c says.
-            arguments += ["--no-compile"] * (decoder == "idspn")
+            arguments += ["--no-compile"] * (decoder == "recommended")
         self.command = [sys.executable, str(ROOT / "examples" / f"{script}.py"), *map(str, arguments)]
         self.process = subprocess.Popen(
             self.command,

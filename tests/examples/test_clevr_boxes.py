@@ -42,9 +42,9 @@ def start(out, cache, *arguments):
     return json.loads((out / "result.json").read_text())
 
 
-@pytest.mark.parametrize("decoder", ["dspn", "mlp"])
+@pytest.mark.parametrize("decoder", ["recommended", "dspn", "mlp"])
 def test_quick_run_reports_and_draws(tmp_path, decoder, capsys):
-    steps = ["--eval-steps", "2", "4"] if decoder == "dspn" else []
+    steps = ["--eval-steps", "2", "4"] if decoder != "mlp" else []
     result = start(tmp_path / "run", tmp_path, "--decoder", decoder, *steps)
     assert list(result["test"]) == (["2", "4"] if steps else ["-"])
     printed = capsys.readouterr().out

@@ -15,16 +15,18 @@ pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
-import compare
 import torch
+from clevr_boxes import ClevrBoxes
+from clevr_state import ClevrState
 from common import requirements
 from common.checkpoint import save
 from common.cli import make_parser, parse
 from common.decoders import make_decoder
-from compare import EXPERIMENTS
+from mnist_sets import MnistSets
 
 from setpred import PooledEncoder
 
+EXPERIMENTS = {experiment.name: experiment for experiment in (MnistSets(), ClevrState(), ClevrBoxes())}
 ROOT = Path(__file__).parents[2]
 MINI = ROOT.parent / "shared/data/clevr_mini"
 SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
@@ -35,14 +37,14 @@ OPTIONS = {  # each with a value
     for option in """
         quick; resume; evaluate CHECKPOINT; epochs 7; steps 7; seconds 7; data DATA; size 7; max-objects 7; scenes 7
         test-scenes 7; cache CACHE; clip-boxes; backbone small; set-encoder pooled; latent 7; width 7; bf16
-        decoder idspn; inner-steps 7; inner-lr 7; momentum 0.7; anchor 7; loss-steps last; persistent 7; batch-size 7
-        lr 7; schedule cosine; seed 7; eval-steps 7 8; eval-inner-lr 7; eval-momentum 0.7; validations 7; validate-on 7
+        decoder idspn; inner-steps 7; inner-lr 7; momentum 0.7; batch-size 7
+        lr 7; schedule cosine; seed 7; eval-steps 7 8; validations 7; validate-on 7
         no-test; out OUT; save-every 7; tensorboard; device cpu; threads 7; workers 7; compile
     """.replace("\n", ";").split(";")
     if option.strip()
 }
 HONOURED = {  # with --evaluate
-    *("evaluate", "out", "device", "workers", "threads", "quick", "eval-steps", "eval-inner-lr", "eval-momentum"),
+    *("evaluate", "out", "device", "workers", "threads", "quick", "eval-steps"),
     *("data", "test-scenes", "cache", "clip-boxes", "bf16"),
 }
 
@@ -103,7 +105,7 @@ def test_evaluate_has_the_options_of_the_training(experiment, tmp_path):
 
 
 def test_data_of_the_checkpoint_is_a_path_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare.MnistSets, "check", lambda *_: None)
+    monkeypatch.setattr(MnistSets, "check", lambda *_: None)
     options, _ = parse(
         EXPERIMENTS["mnist_sets"], checkpoint(EXPERIMENTS["mnist_sets"], tmp_path / "c.pt", "--data", "d")
     )
@@ -134,10 +136,10 @@ def test_run_of_another_experiment_is_not_resumed(tmp_path):
 def test_quick_is_small_unless_told_otherwise(experiment):
     options, _ = parse(experiment, ["--quick"])
     assert (options.batch_size, options.steps, options.epochs, options.validations) == (4, 4, None, 2)
-    assert options.out == Path(f"out/{experiment.name}-dspn-0-quick")
+    assert options.out == Path(f"out/{experiment.name}-recommended-0-quick")
     options, _ = parse(experiment, ["--quick", "--batch-size", "5", "--seconds", "3", "--validations", "7"])
     assert (options.batch_size, options.steps, options.seconds, options.validations) == (5, None, 3, 7)
-    assert parse(experiment, [])[0].out == Path(f"out/{experiment.name}-dspn-0")
+    assert parse(experiment, [])[0].out == Path(f"out/{experiment.name}-recommended-0")
     if "scenes" in actions(experiment):
         options, _ = parse(experiment, ["--quick"])
         assert (options.scenes, options.test_scenes) == (8, 8)
@@ -145,13 +147,12 @@ def test_quick_is_small_unless_told_otherwise(experiment):
         assert (options.scenes, options.test_scenes) == (0, 5)
 
 
-BASELINE = ("inner-steps", "inner-lr", "momentum", "anchor", "persistent", "loss-steps", "set-encoder", "compile")
-BASELINE += ("eval-steps", "eval-inner-lr", "eval-momentum")
+PAPERS = ("inner-lr", "momentum")
+BASELINE = (*PAPERS, "inner-steps", "set-encoder", "compile", "eval-steps")
 
 
 @pytest.mark.parametrize(
-    ("decoder", "unused"),
-    [("dspn", ("anchor", "persistent")), ("idspn", ("loss-steps",)), ("mlp", BASELINE), ("lstm", BASELINE)],
+    ("decoder", "unused"), [("recommended", PAPERS), ("dspn", ()), ("idspn", ()), ("mlp", BASELINE), ("lstm", BASELINE)]
 )
 def test_options_that_a_decoder_has_no_use_for_are_refused(decoder, unused, capsys):
     experiment = EXPERIMENTS["clevr_boxes"]
@@ -240,13 +241,16 @@ def test_help_says_what_the_script_does_and_every_default(script):
 
 def test_defaults_of_the_recipes_in_the_help_are_true():
     shown = {name: action.help for name, action in actions(EXPERIMENTS["mnist_sets"]).items()}
-    for decoder in ("dspn", "idspn"):
-        options = argparse.Namespace(decoder=decoder, inner_steps=None, inner_lr=None, momentum=None, anchor=None)
-        made = make_decoder(options, PooledEncoder(2, 4, 4), latent=4, set_size=3, channels=2, width=4)
-        true = {"inner-steps": made.iters, "inner-lr": made.lr.lr, "momentum": made.lr.momentum}
+    for decoder in ("recommended", "dspn", "idspn"):
+        options = argparse.Namespace(decoder=decoder, inner_steps=None, inner_lr=None, momentum=None)
+        made = make_decoder(options, PooledEncoder(2, 4, 4), None, set_size=3, channels=2)
+        true = {"inner-steps": made.iters}
+        if decoder != "recommended":
+            true |= {"inner-lr": made.lr.lr, "momentum": made.lr.momentum}
         for name, value in true.items():
-            assert re.search(rf"\b{decoder}(, Nesterov's)?, default: {value:g}\b", shown[name]), name
-    assert f"default: {made.anchor:g})" in shown["anchor"]
+            assert re.search(rf"\b{decoder}( and idspn)?(, Nesterov's)?, default: {value:g}\b", shown[name]) or (
+                decoder == "idspn" and f"and idspn, default: {value:g})" in shown[name]
+            ), name
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -18,8 +18,7 @@ from common.decoders import evaluation_work
 from common.engine import run
 from common.models import SetPredictor
 
-from setpred import MLPDecoder, PooledEncoder, SetPrediction, hungarian_loss
-from tests.rules import paper_decoder
+from setpred import MLPDecoder, SetPrediction, hungarian_loss
 
 SAMPLES, SIZE, CHANNELS = 40, 3, 2
 
@@ -28,7 +27,6 @@ class Toy:
     """Sets that a linear map of an image makes; an epoch has ten steps."""
 
     name = "toy"
-    eval_steps = (10,)
     lr = 0.01
     selection = "hungarian"
     largest = False
@@ -296,9 +294,9 @@ def test_validations_are_a_small_share_of_the_work(tmp_path, step):
 
 
 def test_work_of_an_evaluation_is_counted_in_inner_steps():
-    decoder = paper_decoder(PooledEncoder(CHANNELS, 12), iters=10, set_size=SIZE, channels=CHANNELS)
-    for name, work in (("dspn", 40 / 3), ("idspn", 40), ("mlp", 1 / 3)):
+    for name, differentiate, work in (("dspn", "unrolled", 40 / 3), ("idspn", "implicit", 40), ("mlp", None, 1 / 3)):
         options = types.SimpleNamespace(decoder=name, eval_steps=[10, 400])
+        decoder = types.SimpleNamespace(iters=10, differentiate=differentiate)
         assert evaluation_work(options, decoder) == pytest.approx(work)
 
 
@@ -365,7 +363,7 @@ def test_checkpoint_of_another_experiment_is_an_error(tmp_path):
         (["--epochs", "inf"], "--epochs: must be positive and finite, got inf"),
         (["--steps", "x"], "--steps: invalid int value: 'x'"),
         (["--seed", "-1"], "--seed: must be at least 0"),
-        (["--eval-momentum", "1"], "--eval-momentum: must be at least 0 and less than 1"),
+        (["--momentum", "1"], "--momentum: must be at least 0 and less than 1"),
         (["--steps", "1", "--seconds", "1"], "not allowed with"),
         (["--inner-lr", "1"], "--inner-lr has no meaning with --decoder mlp"),
         (["--eval-steps", "0", "10"], "--eval-steps: must be at least 1"),
