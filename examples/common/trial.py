@@ -17,7 +17,8 @@ LATENT, WIDTH = 128, 128  # size of the vector, hidden units of set encoders and
 VALIDATIONS = 8
 EVALUATION_BATCH = 100
 FITTED_ON = 4096  # drawn samples that the scaler sees, where each is drawn anew
-COLLAPSED = 1.5  # so many times as bad at the end as at the best validation
+COLLAPSED = 1.5  # so many times as bad at the end as at the best validation,
+LOST = 0.1  # and so much lost of what was gained since the first: an error of 2e-5 after one of 1e-5 is no collapse
 NOISE = 0.01  # of average precisions
 
 MakeDecoder = Callable[[PooledEncoder, int, int], nn.Module]  # of set encoder, set size and channels
@@ -131,6 +132,7 @@ def run_trial(
     final = next(iter(scores["validation"].values()))[selection]
     best = (max if figure.larger_is_better else min)([final, *(score for _, _, score in curve)])
     worse = best > COLLAPSED * final + NOISE if figure.larger_is_better else final > COLLAPSED * best
+    lost = bool(curve) and abs(best - final) > LOST * abs(best - curve[0][2])
     return {
         "steps": step,
         "seconds": seconds,
@@ -140,6 +142,6 @@ def run_trial(
         "final": final,
         "best": best,
         "diverged": diverged,
-        "collapsed": diverged or worse,
+        "collapsed": diverged or (worse and lost),
         "decoder settings": repr(model.decoder),
     }

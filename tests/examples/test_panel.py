@@ -285,6 +285,7 @@ def test_a_run_that_diverges_ends_and_has_the_worst_score(tmp_path):
     [
         ("squares", [0.5, 0.1], 0.16, True),
         ("squares", [0.5, 0.1], 0.14, False),
+        ("squares", [0.5, 1e-5], 3e-5, False),  # hardly anything of what was learned is lost
         ("shapes", [0.1, 0.3], 0.19, True),
         ("shapes", [0.1, 0.3], 0.2, False),
         ("shapes", [0.009, 0.009], 0.0, False),  # noise
