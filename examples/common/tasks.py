@@ -237,6 +237,7 @@ TASKS = {
         _per_cent(STROKES),
         images=True,
         needs=hanzi.FILE,
-        origin="it is made of the npm package hanzi-writer-data, as the README beside it says",
+        origin="of the npm package hanzi-writer-data, unpacked into `package`, it is made by "
+        "python examples/strokes.py --quick --data package --out {root}/hanzi",
     ),
 }

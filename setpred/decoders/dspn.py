@@ -75,7 +75,7 @@ class DSPNDecoder(nn.Module):
         tol: Stop a sample once its loss is at most this; in eager mode it leaves the batch, so that it costs nothing
             more, and ``project`` sees the samples under way alone; see :func:`setpred.functional.descend`.
         differentiate: How an outer backward pass goes through the descent: ``"unrolled"``, through every step; or
-            ``"implicit"``, in the memory and time of one step's backward, through the last gradient alone. Implicit,
+            ``"implicit"``, in the memory and time of one step's backward, through the last step alone. Implicit,
             :math:`Y_0` receives a gradient only through ``anchor``: without it, a learned :math:`Y_0` stays as it was
             drawn (and does not require a gradient).
         checkpoint: Whether ``"unrolled"`` keeps only the sets and computes each step again in the backward pass: the

@@ -43,6 +43,9 @@ class StepRule(Protocol):
     A point is a tuple of tensors whose first dimension is the batch, and so is the state, of any structure of tuples.
     A sample's step must depend on that sample only: samples may leave the batch on the way.
 
+    A rule whose step does not grow with the objective may say what it takes without momentum, by a third method,
+    ``plain_step(gradient)``: implicit differentiation goes through that step instead of the gradient.
+
     Example:
         >>> class SignDescent:
         ...     def init(self, y):
@@ -178,14 +181,18 @@ class PolyakDescent:
         self, y: tuple[Tensor, ...], gradient: Gradient, state: tuple[Tensor, ...]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """See :class:`setpred.functional.StepRule`."""
+        moves = self.plain_step(gradient)
+        state = _plus(moves, self.momentum, state)
+        direction = _plus(moves, self.momentum, state)
+        return tuple(part - d for part, d in zip(y, direction, strict=True)), state
+
+    def plain_step(self, gradient: Gradient) -> tuple[Tensor, ...]:
+        r"""Return :math:`\eta_t g_t`, which does not change when the objective is multiplied by a number."""
         square = gradient.norm.square()
         loss = gradient.loss.clamp(min=0)
         small = loss < self.max_lr * square  # elsewhere the gradient may be 0, and no derivative may pass through there
         lr = torch.where(small, loss / torch.where(small, square, 1), self.max_lr)
-        moves = tuple(per_sample(lr, g).to(g.dtype) * g for g in gradient.grad)
-        state = _plus(moves, self.momentum, state)
-        direction = _plus(moves, self.momentum, state)
-        return tuple(part - d for part, d in zip(y, direction, strict=True)), state
+        return tuple(per_sample(lr, g).to(g.dtype) * g for g in gradient.grad)
 
 
 def as_rule(lr: float | StepRule) -> StepRule:

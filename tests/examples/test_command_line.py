@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 MINI = ROOT.parent / "shared/data/clevr_mini"
 SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 PACKAGES = ("accelerate", "matplotlib", "sklearn", "tqdm")
-NEEDED = {"quickstart": PACKAGES[1:], "losses_in_detr": PACKAGES[3:]}  # by the others, all
+NEEDED = {"quickstart": PACKAGES[1:], "losses_in_detr": PACKAGES[3:], "strokes": PACKAGES[1::2]}  # by the others, all
 OPTIONS = {  # each with a value
     option.split()[0]: option.split()[1:]
     for option in """

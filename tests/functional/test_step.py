@@ -53,6 +53,62 @@ def test_a_rule_of_ones_own_takes_the_place(tol: float | None, differentiate: st
     assert of_own.any()
 
 
+class Sized(HeavyBall):
+    """One that says what it takes without momentum."""
+
+    def plain_step(self, gradient: Gradient) -> tuple[Tensor, ...]:
+        return tuple(self.lr * g for g in gradient.grad)
+
+
+def implicit(scale: Tensor, start: Tensor, rule: Any) -> Tensor:
+    floor = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)  # the last one's least value is not 0
+    objective = lambda y, scale, floor: half_square(y, scale) + floor  # noqa: E731
+    return descend(objective, start, args=(scale, floor), steps=3, lr=rule, differentiate="implicit").value
+
+
+def test_implicit_gradient_goes_through_the_plain_step() -> None:
+    """By hand: of the rule's last step without momentum, from a point that is held constant, with its size."""
+    scale = curvatures(2.0, 0.5, 1.0).requires_grad_()
+    start = torch.randn(3, 2, dtype=torch.float64)
+    v = torch.randn_like(start)
+
+    def by_hand(rule: Any, factor: Any) -> Tensor:
+        with torch.no_grad():
+            floor = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
+            y = descend(lambda y: half_square(y, scale) + floor, start, steps=2, lr=rule).value
+        square = (scale.unsqueeze(1) * y).square().sum(1)
+        step = factor(half_square(y, scale) + floor, square).unsqueeze(1) * scale.unsqueeze(1) * y
+        return torch.autograd.grad(-(v * step).sum(), scale)[0]
+
+    def derivative(rule: Any) -> Tensor:
+        return torch.autograd.grad((v * implicit(scale, start, rule)).sum(), scale)[0]
+
+    polyak = PolyakDescent(0.7, momentum=0.3)
+    of_polyak = derivative(polyak)
+    torch.testing.assert_close(of_polyak, by_hand(polyak, lambda loss, square: (loss / square).clamp(max=0.7)))
+    # Half the inverse of the curvature, if that is less than 0.7: then the step does not depend on the curvature.
+    assert abs(of_polyak[0]) < 1e-12
+    assert (of_polyak[1:].abs() > 1e-3).all()
+    one = lambda loss, square: torch.ones_like(loss)  # noqa: E731
+    fixed = GradientDescent(0.5, momentum=0.4)
+    torch.testing.assert_close(derivative(fixed), by_hand(fixed, one))  # as published: without its lr
+    torch.testing.assert_close(derivative(Sized(0.5, 0.4)), 0.5 * derivative(HeavyBall(0.5, 0.4)))
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_polyak_gives_the_objective_no_reason_to_grow(size: float) -> None:
+    """Its steps are those of the objective times any number, and so is what implicit differentiation learns from."""
+    factor = torch.full((2,), size, dtype=torch.float64, requires_grad=True)
+    curvature = curvatures(1.0, 10.0, 100.0)
+    objective = lambda y, factor: 0.5 * factor * (curvature * y.square()).sum(1)  # noqa: E731
+    start = torch.randn(2, 3, dtype=torch.float64)
+    for rule, grows in ((PolyakDescent(math.inf), False), (GradientDescent(1e-3 / size), True)):
+        options = {"args": (factor,), "steps": 5, "differentiate": "implicit", "lr": rule}
+        value = descend(objective, start, **options).value
+        (of_factor,) = torch.autograd.grad((value * torch.tensor([1.0, 2.0, 3.0])).sum(), factor)
+        assert bool((of_factor.abs() * size > 1e-6).any()) == grows
+
+
 def test_rules_are_known_by_their_methods() -> None:
     assert isinstance(HeavyBall(1, 0), StepRule)
     assert isinstance(GradientDescent(1.0), StepRule)
