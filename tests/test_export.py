@@ -21,6 +21,7 @@ from setpred import (
     RelationEncoder,
     SetPrediction,
     StandardScaler,
+    TransformerDecoder,
 )
 from setpred.export import to_onnx, to_program
 from tests.rules import paper_decoder, recipe
@@ -132,10 +133,36 @@ def test_program_of_encoders_that_need_other_ways() -> None:
     assert_equal(model, to_program(model, torch.randn(3, 16)).module(), 16)
 
 
-@pytest.mark.parametrize("baseline", [MLPDecoder, LSTMDecoder])
+@pytest.mark.parametrize("baseline", [MLPDecoder, LSTMDecoder, TransformerDecoder])
 def test_program_of_the_baselines(baseline: type[nn.Module]) -> None:
     model = baseline(16, 5, 2, 8, scaler=fitted_scaler()).eval()
     assert_equal(model, to_program(model, torch.randn(3, 16)).module(), 16)
+
+
+@pytest.mark.parametrize("queries", ["learned", "top-n"])
+def test_onnx_runtime_of_transformers(queries: str, tmp_path: Path) -> None:
+    """Tokens and their mask; every layer's sets."""
+
+    class Recorded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = TransformerDecoder(16, 5, 2, 8, layers=2, heads=2, queries=queries, scaler=fitted_scaler())
+
+        def forward(self, tokens: Tensor, mask: Tensor) -> SetPrediction:
+            return self.decoder(tokens, mask, record=True)
+
+    model = Recorded().eval()
+    program = to_onnx(model, (torch.randn(3, 4, 16), torch.ones(3, 4)), tmp_path / "model.onnx")
+    outputs = ["elements", "mask", "trajectory_elements", "trajectory_mask"]
+    assert [x.name for x in program.model.graph.outputs] == outputs
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for size in BATCHES:
+        tokens, mask = torch.randn(size, 4, 16), (torch.rand(size, 4) < 0.6).float()
+        mask[0] = 0
+        with torch.no_grad():
+            expected = flat(model(tokens, mask))
+        for a, e in zip(session.run(None, {"tokens": tokens.numpy(), "mask": mask.numpy()}), expected, strict=True):
+            torch.testing.assert_close(torch.as_tensor(a), e, rtol=1e-4, atol=1e-4)
 
 
 def test_several_inputs_and_a_trajectory() -> None:
