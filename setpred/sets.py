@@ -45,7 +45,7 @@ class SetPrediction(NamedTuple):
     Attributes:
         elements: Set elements, shape ``(B, N, C)``.
         mask: Presence of each element in [0, 1], shape ``(B, N)``; ones where the decoder carries no mask.
-        trajectory: The inner steps, or None where nothing was recorded.
+        trajectory: The steps or layers that led to them, or None where nothing was recorded.
 
     Example:
         >>> prediction = SetPrediction(torch.rand(2, 5, 3), torch.ones(2, 5))

@@ -65,9 +65,10 @@ class TransformerDecoder(DirectDecoder):
         >>> target, target_mask = torch.rand(8, 30, 2), torch.rand(8, 30) < 0.5
         >>> loss = HungarianLoss()(steps.elements, target, steps.mask, target_mask)  # a mean over layers
 
-    Source: Carion et al., End-to-End Object Detection with Transformers (ECCV 2020), section 3.2; Kosiorek, Kim,
-    Rezende, Conditional Set Generation with Transformers (2020); Vignac and Frossard, Top-N: Equivariant Set and Graph
-    Generation without Exchangeability (ICLR 2022), section 5.
+    Source: Carion et al., End-to-End Object Detection with Transformers (ECCV 2020); ``norm_first``: Xiong et al., On
+    Layer Normalization in the Transformer Architecture (ICML 2020); random queries: Kosiorek, Kim, Rezende, Conditional
+    Set Generation with Transformers (2020); Top-N: Vignac and Frossard, Top-N: Equivariant Set and Graph Generation
+    without Exchangeability (ICLR 2022).
     """
 
     def __init__(

@@ -259,6 +259,18 @@ def test_autocast(queries: str) -> None:
     assert all(p.grad.dtype == torch.float32 for p in decoder.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("queries", ["learned", "top-n"])
+def test_half_precision(queries: str, dtype: torch.dtype) -> None:
+    decoder, z = make(queries), tokens()
+    expected = decoder(z, holes()).elements
+    elements, mask, _ = decoder.to(dtype)(z.to(dtype), holes().to(dtype))
+    assert elements.dtype == mask.dtype == dtype
+    torch.testing.assert_close(elements.double(), expected, rtol=0.1, atol=0.1)
+    elements.sum().backward()
+    assert all(p.grad.isfinite().all() for p in decoder.parameters())
+
+
 def test_dropout_is_for_training() -> None:
     decoder, z = make(dropout=0.5), tokens()
     assert not torch.equal(decoder(z).elements, decoder(z).elements)

@@ -56,12 +56,11 @@ def converted(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_decoder_of_detr(masked: bool, norm_first: bool) -> None:
+def test_decoder_of_detr(masked: bool) -> None:
     """DETR adds positions to what attends; here elements and tokens carry theirs, so none are given."""
     theirs = detr()
     ours = TransformerDecoder(
-        WIDTH, N, C, WIDTH, layers=LAYERS, heads=HEADS, norm_first=norm_first, mask_clamp=None, dtype=torch.float64
+        WIDTH, N, C, WIDTH, layers=LAYERS, heads=HEADS, norm_first=False, mask_clamp=None, dtype=torch.float64
     )
     ours.load_state_dict(converted(theirs.state_dict()), strict=False)
     with torch.no_grad():  # DETR's projection stands before its decoder
@@ -76,9 +75,6 @@ def test_decoder_of_detr(masked: bool, norm_first: bool) -> None:
     theirs(queries, encoder_hidden_states=tokens, encoder_attention_mask=None if mask is None else mask.long())
     expected = ours.output(theirs.layernorm(torch.stack(steps)))
     actual = ours(tokens, mask).trajectory.elements
-    if norm_first:
-        assert (actual - expected).abs().max() > 0.1
-        return
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
     weight = torch.randn_like(actual)
 
