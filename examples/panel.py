@@ -37,7 +37,7 @@ from common.tasks import TASKS, Sources
 from common.trial import LATENT, WIDTH, Budget, Contestant, run_trial
 
 import setpred
-from setpred import DSPNDecoder, LSTMDecoder, MLPDecoder
+from setpred import DSPNDecoder, LSTMDecoder, MLPDecoder, TransformerDecoder
 
 CONTESTANTS = {
     # As recommended, and nothing set.
@@ -47,6 +47,9 @@ CONTESTANTS = {
     ),
     "mlp": Contestant(lambda encoder, size, channels: MLPDecoder(LATENT, size, channels, WIDTH), {"MLP": {}}),
     "lstm": Contestant(lambda encoder, size, channels: LSTMDecoder(LATENT, size, channels, WIDTH), {"LSTM": {}}),
+    "transformer": Contestant(
+        lambda encoder, size, channels: TransformerDecoder(LATENT, size, channels, WIDTH), {"transformer": {}}
+    ),
 }
 RATES = {"autoencoded": (1e-3, 3e-3, 1e-2), "image": (3e-4, 1e-3, 3e-3)}  # of Adam, for every decoder
 SECONDS = {"autoencoded": 120.0, "image": 180.0}

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -441,3 +441,68 @@ def transport_on_a_line(x: Tensor, weight: Tensor, y: Tensor, power: float) -> T
         left[i], room[j] = left[i] - moved, room[j] - moved
         i, j = (i + 1, j) if of_x else (i, j + 1)
     return cost
+
+
+def attend(x: Tensor, y: Tensor, weight: Tensor, p: Mapping[str, Tensor], heads: int) -> Tensor:
+    """Attention of rows x (N, H) to rows y (S, H) of given weights, head by head."""
+    query, key, value = (
+        part @ w.T + b
+        for part, w, b in zip((x, y, y), p["in_proj_weight"].chunk(3), p["in_proj_bias"].chunk(3), strict=True)
+    )
+    width = x.shape[1] // heads
+    parts = []
+    for h in range(heads):
+        own = slice(h * width, (h + 1) * width)
+        rows = []
+        for q in query[:, own]:
+            share = torch.stack(
+                [m * (q @ k / math.sqrt(width)).exp() for m, k in zip(weight, key[:, own], strict=True)]
+            )
+            rows.append(share / share.sum() @ value[:, own])
+        parts.append(torch.stack(rows))
+    return torch.cat(parts, 1) @ p["out_proj.weight"].T + p["out_proj.bias"]
+
+
+def normalise(x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
+    """Layer normalisation of rows."""
+    variance = x.var(1, keepdim=True, correction=0)
+    return (x - x.mean(1, keepdim=True)) / (variance + 1e-5).sqrt() * p["weight"] + p["bias"]
+
+
+def transformer(
+    x: Tensor, z: Tensor, weight: Tensor, state: Mapping[str, Tensor], *, layers: int, heads: int, norm_first: bool
+) -> list[Tensor]:
+    """What a transformer's linear map makes of queries x (N, H) after each layer, for one sample's tokens z (S, D)."""
+
+    def part(name: str) -> dict[str, Tensor]:
+        return {key.removeprefix(name + "."): value for key, value in state.items() if key.startswith(name + ".")}
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def compute(x: Tensor, layer: str, k: int) -> Tensor:
+        if k == 1:
+            return attend(x, x, torch.ones(len(x)), part(f"{layer}.self_attn"), heads)
+        if k == 2:
+            return attend(x, tokens, weight, part(f"{layer}.multihead_attn"), heads)
+        return linear(linear(x, f"{layer}.linear1").clamp(min=0), f"{layer}.linear2")
+
+    tokens, outputs = linear(z, "input"), []
+    for layer in (f"layers.{i}" for i in range(layers)):
+        for k in (1, 2, 3):
+            norm = part(f"{layer}.norm{k}")
+            x = x + compute(normalise(x, norm), layer, k) if norm_first else normalise(x + compute(x, layer, k), norm)
+        outputs.append(linear(normalise(x, part("norm")), "output"))
+    return outputs
+
+
+def top_n(vector: Tensor, n: int, state: Mapping[str, Tensor]) -> Tensor:
+    """Queries of one vector (H,): the n reference points nearest to it in angle, scaled and shifted by the cosine."""
+    angle = state["angle.weight"] @ vector + state["angle.bias"]
+    cosines = [float(angle @ a / angle.norm() / a.norm()) for a in state["angles"]]
+    chosen = sorted(range(len(cosines)), key=lambda i: -cosines[i])[:n]
+    rows = []
+    for i in chosen:
+        factor, summand = (state["modulation.weight"][:, 0] * cosines[i] + state["modulation.bias"]).chunk(2)
+        rows.append(factor * state["points"][i] + summand)
+    return torch.stack(rows)

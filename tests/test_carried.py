@@ -34,6 +34,7 @@ from setpred import (
     SlicedWassersteinLoss,
     StandardScaler,
     Trajectory,
+    TransformerDecoder,
     functional,
     hungarian_loss,
     metrics,
@@ -184,6 +185,9 @@ def things() -> Iterator[tuple[str, Case]]:
         yield f"LSTMDecoder:{clamp}", Case(LSTMDecoder(D, N, C, 8, mask_clamp=clamp), decode)
     yield "MLPDecoder:scaler", Case(MLPDecoder(D, N, C, 8, scaler=fitted_scaler()), decode)
     yield "LSTMDecoder:scaler", Case(LSTMDecoder(D, N, C, 8, scaler=fitted_scaler()), decode)
+    for queries in ("learned", "random", "top-n"):
+        transformer = TransformerDecoder(D, N, C, 8, layers=2, queries=queries, scaler=fitted_scaler())
+        yield f"TransformerDecoder:{queries}", Case(transformer, decode)
 
     # With presence="feature", the mask is the last channel.
     composed = sum_costs(on_channels("l1", slice(0, 2), weight=5.0), on_channels(cross_entropy_cost, [2, -1]))

@@ -31,6 +31,7 @@ from setpred import (
     SinkhornLoss,
     SlicedWassersteinLoss,
     StandardScaler,
+    TransformerDecoder,
     functional,
     metrics,
     pad_sets,
@@ -162,6 +163,13 @@ CASES: dict[str, Case] = {
     "MLPDecoder": lambda: called(MLPDecoder(8, 5, 3, 16), torch.randn(2, 8)),
     "MLPDecoder, no mask": lambda: called(MLPDecoder(8, 5, 3, 16, mask_clamp=None), torch.randn(2, 8)),
     "LSTMDecoder": lambda: called(LSTMDecoder(8, 5, 3, 16), torch.randn(2, 8)),
+    **{
+        f"TransformerDecoder, {queries}": lambda queries=queries: called(
+            TransformerDecoder(8, 5, 3, 16, layers=2, queries=queries), torch.randn(2, 4, 8), presence(2, 4)
+        )
+        for queries in ("learned", "random", "top-n")
+    },
+    "TransformerDecoder, vector": lambda: called(TransformerDecoder(8, 5, 3, 16, layers=2), torch.randn(2, 8)),
     **{
         f"{name}, {kind}": lambda loss=loss, kind=kind: called(loss(presence=kind), *sets())
         for name, loss in {"HungarianLoss": HungarianLoss, "ChamferLoss": ChamferLoss}.items()

@@ -21,6 +21,7 @@ from setpred import (
     RelationEncoder,
     SetPrediction,
     StandardScaler,
+    TransformerDecoder,
 )
 from setpred.export import to_onnx, to_program
 from tests.rules import paper_decoder, recipe
@@ -132,10 +133,26 @@ def test_program_of_encoders_that_need_other_ways() -> None:
     assert_equal(model, to_program(model, torch.randn(3, 16)).module(), 16)
 
 
-@pytest.mark.parametrize("baseline", [MLPDecoder, LSTMDecoder])
+@pytest.mark.parametrize("baseline", [MLPDecoder, LSTMDecoder, TransformerDecoder])
 def test_program_of_the_baselines(baseline: type[nn.Module]) -> None:
     model = baseline(16, 5, 2, 8, scaler=fitted_scaler()).eval()
     assert_equal(model, to_program(model, torch.randn(3, 16)).module(), 16)
+
+
+def test_onnx_runtime_of_a_transformer(tmp_path: Path) -> None:
+    """From tokens and their mask; an output has another name than an input."""
+    model = TransformerDecoder(16, 5, 2, 8, layers=2, heads=2, queries="top-n", scaler=fitted_scaler()).eval()
+    program = to_onnx(model, (torch.randn(3, 4, 16), torch.ones(3, 4)), tmp_path / "model.onnx")
+    assert [x.name for x in program.model.graph.inputs] == ["z", "mask"]
+    assert [x.name for x in program.model.graph.outputs] == ["elements", "output_mask"]
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for size in BATCHES:
+        tokens, mask = torch.randn(size, 4, 16), (torch.rand(size, 4) < 0.6).float()
+        mask[0] = 0
+        with torch.no_grad():
+            expected = flat(model(tokens, mask))
+        for a, e in zip(session.run(None, {"z": tokens.numpy(), "mask": mask.numpy()}), expected, strict=True):
+            torch.testing.assert_close(torch.as_tensor(a), e, rtol=1e-4, atol=1e-4)
 
 
 def test_several_inputs_and_a_trajectory() -> None:

@@ -25,6 +25,7 @@ from setpred import (
     PooledEncoder,
     RelationEncoder,
     StandardScaler,
+    TransformerDecoder,
     chamfer_loss,
     earth_mover_distance,
     functional,
@@ -307,6 +308,8 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
     ),
     "MLPDecoder": lambda: MLPDecoder(D, N, C, 8),
     "MLPDecoder:scaler": lambda: MLPDecoder(D, N, C, 8, scaler=fitted_scaler()),
+    "TransformerDecoder": lambda: TransformerDecoder(D, N, C, 8, layers=2, heads=2),
+    "TransformerDecoder:top-n": lambda: TransformerDecoder(D, N, C, 8, layers=1, heads=2, queries="top-n"),
 }
 
 
@@ -335,6 +338,8 @@ def of_modules() -> Iterator[tuple[str, Case]]:
     for name, make in DECODERS.items():
         decoder = make()
         yield name, Case(lambda z, d=decoder: tuple(d(z)), (z,))
+    transformer = DECODERS["TransformerDecoder"]()
+    yield "TransformerDecoder:tokens", Case(lambda z, m: tuple(transformer(z, m)), (torch.randn(V, B, N, D), mask))
     decoder = DECODERS["DSPNDecoder"]()
     yield "DSPNDecoder:init", Case(lambda z, y, m: decoder(z, init=(y, m)), (z, target, mask))
     loss = DSPNLoss(decoder.encoder, HungarianLoss())

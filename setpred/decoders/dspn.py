@@ -25,6 +25,7 @@ from setpred.decoders._objective import Objective
 from setpred.decoders._watch import Watch
 from setpred.decoders.diagnosis import Diagnosis, diagnose
 from setpred.encoders.base import SetEncoder, encode, parameter_dtype
+from setpred.functional._random import standard_normal
 from setpred.functional._recompute import check_versions, uncompiled
 from setpred.functional.descent import Descent, constant, descend, outside_inference
 from setpred.functional.representation import KINDS, Kind, distance
@@ -524,9 +525,7 @@ class DSPNDecoder(nn.Module):
 
 
 def _random_elements(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    if generator is not None:
-        return 0.1 * torch.randn(shape, device=like.device, dtype=like.dtype, generator=generator)
-    return 0.1 * torch.randn_like(like.new_empty(shape))  # the same numbers; exported, for every batch size
+    return 0.1 * standard_normal(shape, like, generator)
 
 
 def _samples(rows: Tensor, *descents: Descent[_Parts]) -> Descent[_Parts]:

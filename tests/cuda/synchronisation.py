@@ -20,6 +20,7 @@ from setpred import (
     PooledEncoder,
     RelationEncoder,
     SinkhornLoss,
+    TransformerDecoder,
 )
 from tests.cuda.part import Options, main, row
 
@@ -72,6 +73,15 @@ def cases() -> Iterator[tuple[str, Step]]:
             training_step(
                 MLPDecoder(LATENT, SIZE, CHANNELS),
                 lambda found, target, mask, z, loss=set_loss: loss(found.elements, target, found.mask, mask),
+            ),
+        )
+        yield (
+            f"Transformer, all layers, {name}",
+            training_step(
+                TransformerDecoder(LATENT, SIZE, CHANNELS, 64, layers=2, queries="top-n"),
+                lambda found, target, mask, z, loss=set_loss: loss(
+                    found.trajectory.elements, target, found.trajectory.mask, mask
+                ),
             ),
         )
 

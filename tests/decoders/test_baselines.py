@@ -1,6 +1,7 @@
-"""What both baselines, MLPDecoder and LSTMDecoder, must do."""
+"""What all decoders must do whose network emits the elements: the baselines, and TransformerDecoder."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,21 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from setpred import HungarianLoss, LSTMDecoder, MLPDecoder, SetPrediction, StandardScaler
+from setpred import HungarianLoss, LSTMDecoder, MLPDecoder, SetPrediction, StandardScaler, TransformerDecoder
 from setpred.decoders.direct import as_prediction
 from tests import devices
 
-BOTH = pytest.mark.parametrize("make", [MLPDecoder, LSTMDecoder])
+transformer = partial(TransformerDecoder, layers=2, heads=2)
+EVERY = pytest.mark.parametrize("make", [MLPDecoder, LSTMDecoder, transformer], ids=["mlp", "lstm", "transformer"])
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("mask_clamp", [None, (0.0, 1.0), (0.2, 0.7)])
 @pytest.mark.parametrize("batch", [0, 1, 3])
 def test_shapes_and_range(make: type[nn.Module], mask_clamp: tuple[float, float] | None, batch: int) -> None:
     elements, mask, trajectory = make(6, 4, 2, 8, mask_clamp=mask_clamp)(100 * torch.randn(batch, 6))
     assert elements.shape == (batch, 4, 2)
     assert mask.shape == (batch, 4)
-    assert trajectory is None
+    assert (trajectory is None) == (make is not transformer)
     low, high = mask_clamp or (1.0, 1.0)
     assert ((low <= mask) & (mask <= high)).all()
     assert mask.requires_grad == (mask_clamp is not None)
@@ -45,7 +47,7 @@ def test_masks_are_in_range_to_the_last_digit_and_differentiated_as_if_not_clamp
     assert gradient.tolist() == [[[0, 1]]]
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("mask_clamp", [None, (0.0, 1.0)])
 def test_gradcheck(make: type[nn.Module], mask_clamp: tuple[float, float] | None) -> None:
     """A clamped mask is differentiated as if it were not; so elements, and masks that are not cut off."""
@@ -59,7 +61,7 @@ def test_gradcheck(make: type[nn.Module], mask_clamp: tuple[float, float] | None
     devices.gradcheck(lambda z: tuple(part for part in decoder(z)[:2] if part.requires_grad), z)
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_every_mode_gives_the_same(make: type[nn.Module], mode: Any) -> None:
     decoder, z = make(6, 4, 2, 8), torch.randn(3, 6)
@@ -70,21 +72,21 @@ def test_every_mode_gives_the_same(make: type[nn.Module], mode: Any) -> None:
     torch.testing.assert_close(tuple(part.clone() for part in actual[:2]), tuple(expected[:2]))
 
 
-@BOTH
+@EVERY
 def test_a_sample_alone_is_decoded_as_in_a_batch(make: type[nn.Module]) -> None:
     decoder, z = make(6, 4, 2, 8, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
     alone = [decoder(z[b : b + 1]) for b in range(5)]
     torch.testing.assert_close(torch.cat([p.elements for p in alone]), decoder(z).elements)
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dtypes_are_kept(make: type[nn.Module], dtype: torch.dtype) -> None:
     elements, mask, _ = make(6, 4, 2, 8, dtype=dtype)(torch.randn(3, 6, dtype=dtype))
     assert elements.dtype == mask.dtype == dtype
 
 
-@BOTH
+@EVERY
 @pytest.mark.filterwarnings("ignore:RNN module weights:UserWarning")  # cuDNN copies those of a copy together
 def test_state_dict_and_copies(make: type[nn.Module]) -> None:
     decoder, other, z = make(6, 4, 2, 8), make(6, 4, 2, 8), torch.randn(3, 6)
@@ -99,17 +101,17 @@ def test_state_dict_and_copies(make: type[nn.Module]) -> None:
     assert decoder.extra_repr() == "set_size=4, channels=2, mask_clamp=(0.0, 1.0)"
 
 
-@BOTH
+@EVERY
 def test_compiles(make: type[nn.Module]) -> None:
     decoder, z = make(6, 4, 2, 8), torch.randn(3, 6)
     torch._dynamo.reset()
-    compiled = torch.compile(decoder, fullgraph=make is MLPDecoder, backend="aot_eager")
+    compiled = torch.compile(decoder, fullgraph=make is not LSTMDecoder, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(tuple(compiled(z)[:2]), tuple(decoder(z)[:2]))
     torch._dynamo.reset()
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("mask_clamp", [None, (0.0, 1.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_elements_are_mapped_by_the_scaler(
@@ -127,7 +129,7 @@ def test_elements_are_mapped_by_the_scaler(
     assert decoder.state_dict().keys() == plain.state_dict().keys() | {"scaler.location", "scaler.scale"}
 
 
-@BOTH
+@EVERY
 def test_learns_one_set(make: type[nn.Module]) -> None:
     decoder, z = make(6, 4, 2, 16), torch.randn(2, 6)
     target, target_mask = torch.rand(2, 4, 2), torch.tensor([[1.0, 1, 1, 1], [1, 1, 0, 0]])
@@ -143,7 +145,7 @@ def test_learns_one_set(make: type[nn.Module]) -> None:
     assert losses[-1] < 0.2 * losses[0]
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize(
     ("error", "message", "options"),
     [
@@ -161,7 +163,7 @@ def test_refuses_settings(make: type[nn.Module], error: type[Exception], message
         make(**{"in_channels": 6, "set_size": 4, "channels": 2} | options)
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize(
     ("error", "message", "z"),
     [

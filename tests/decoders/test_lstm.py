@@ -1,4 +1,4 @@
-"""LSTMDecoder: its layers; what both baselines must do is in test_baselines.py."""
+"""LSTMDecoder: its layers; what it shares with others is in test_baselines.py."""
 
 import torch
 

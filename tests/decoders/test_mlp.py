@@ -1,4 +1,4 @@
-"""MLPDecoder: its layers; what both baselines must do is in test_baselines.py."""
+"""MLPDecoder: its layers; what it shares with others is in test_baselines.py."""
 
 import torch
 import torch.nn.functional as F

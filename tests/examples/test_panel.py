@@ -57,6 +57,14 @@ def test_quick_run_of_all_tasks_without_files(tmp_path, monkeypatch, capsys):
     assert list((tmp_path / "cache/rendered").iterdir())
 
 
+def test_quick_run_of_the_transformer(tmp_path, monkeypatch):
+    monkeypatch.setattr(panel, "RATES", dict.fromkeys(panel.RATES, (1e-3,)))
+    panel.main(["--quick", "--tasks", "squares", "--decoders", "transformer", "--seeds", "1", "--out", str(tmp_path)])
+    (run,) = results(tmp_path).values()
+    assert run["steps"] == panel.QUICK_STEPS
+    assert run["decoder settings"].startswith("TransformerDecoder(")
+
+
 def test_quick_run_is_gone_on_with(tmp_path, monkeypatch):
     arguments = ["--quick", "--tasks", "squares", "shapes", "--decoders", "mlp", "dspn", "--seeds", "2"]
     arguments += ["--cache", str(tmp_path), "--out", str(tmp_path)]
@@ -147,7 +155,7 @@ def test_report_shows_test_scores_of_what_is_best_on_validation(tmp_path, monkey
     write_run(tmp_path, "boxes", "dspn", 3e-4, 0, final=0.9, test=0.9)  # not all learning rates yet
     panel.main(["--report", "--out", str(tmp_path)])
     rows = table_of(tmp_path)
-    assert rows[0] == ["task", "", "DSPN", "DSPN, 80 steps", "DSPN, 4 starts", "MLP", "LSTM"]
+    assert rows[0] == ["task", "", "DSPN", "DSPN, 80 steps", "DSPN, 4 starts", "MLP", "LSTM", "transformer"]
     assert rows[1] == [
         "digits",
         "Hungarian error x 1e4",
@@ -156,14 +164,15 @@ def test_report_shows_test_scores_of_what_is_best_on_validation(tmp_path, monkey
         "20500.00",
         "3000.00 ± 1414.21",
         "-",
+        "-",
     ]
     assert rows[2:6] == [
-        ["", "learning rate", "0.001", "", "", "0.003", "-"],
-        ["", "training steps", "10", "", "", "15", "-"],
-        ["", "parameters", "1,234", "", "", "1,234", "-"],
-        ["", "seeds, collapsed", "1, 0", "", "", "2, 1", "-"],
+        ["", "learning rate", "0.001", "", "", "0.003", "-", "-"],
+        ["", "training steps", "10", "", "", "15", "-", "-"],
+        ["", "parameters", "1,234", "", "", "1,234", "-", "-"],
+        ["", "seeds, collapsed", "1, 0", "", "", "2, 1", "-", "-"],
     ]
-    assert rows[6] == ["boxes", "mean AP, %", "-", "-", "-", "50.0", "-"]
+    assert rows[6] == ["boxes", "mean AP, %", "-", "-", "-", "50.0", "-", "-"]
     assert (tmp_path / "panel.png").exists()
 
 
