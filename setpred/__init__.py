@@ -6,7 +6,7 @@ A backbone gives a vector, a decoder makes a set of it, a loss compares it with 
 """
 
 from setpred import functional, metrics
-from setpred.decoders import Diagnosis, DSPNDecoder, LSTMDecoder, MLPDecoder
+from setpred.decoders import Diagnosis, DSPNDecoder, LSTMDecoder, MLPDecoder, SlotDecoder
 from setpred.encoders import FSPool, FSUnpool, PooledEncoder, RelationEncoder, SetEncoder
 from setpred.functional import linear_assignment, on_channels, sum_costs
 from setpred.functional.step import GradientDescent, PolyakDescent
@@ -48,6 +48,7 @@ __all__ = [
     "PolyakDescent",
     "MLPDecoder",
     "LSTMDecoder",
+    "SlotDecoder",
     "HungarianLoss",
     "hungarian_loss",
     "ChamferLoss",

@@ -4,5 +4,6 @@ from setpred.decoders.diagnosis import Diagnosis
 from setpred.decoders.dspn import DSPNDecoder
 from setpred.decoders.lstm import LSTMDecoder
 from setpred.decoders.mlp import MLPDecoder
+from setpred.decoders.slot import SlotDecoder
 
-__all__ = ["DSPNDecoder", "Diagnosis", "MLPDecoder", "LSTMDecoder"]
+__all__ = ["DSPNDecoder", "Diagnosis", "MLPDecoder", "LSTMDecoder", "SlotDecoder"]

@@ -1,0 +1,249 @@
+"""SlotDecoder: slots that compete for tokens, each of which becomes an element."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from setpred._checks import check_choice, check_count, check_mask, check_shape
+from setpred.decoders.direct import DirectDecoder
+from setpred.functional._precision import common_dtype, full_precision
+from setpred.functional._random import standard_normal
+from setpred.functional.sinkhorn import differentiable_plan
+from setpred.scaler import StandardScaler
+from setpred.sets import SetPrediction
+
+_LEAST = 1e-8  # Attention that every token has: a slot that wins none is given the mean of all.
+_TRANSPORT_ITERS = 50  # To an error of about 1e-7 while logits are of the order of 1, and 1e-4 of 5.
+
+
+class _Inputs(NamedTuple):
+    """What slots read, in float32 at least: keys and values (B, S, H), weights of tokens (B, S)."""
+
+    keys: Tensor
+    values: Tensor
+    weight: Tensor
+
+
+class SlotDecoder(DirectDecoder):
+    r"""Decode tokens into sets by slot attention.
+
+    N slots :math:`y_n`, drawn from one learned Gaussian, compete for S tokens :math:`x_s`. An iteration is
+
+    .. math::
+        a_{sn} &= \operatorname{softmax}_n\!\left(\frac{k(x_s) \cdot q(y_n)}{\sqrt{H}}\right), \qquad
+        u_n = \frac{\sum_s (a_{sn} + \epsilon)\, v(x_s)}{\sum_s (a_{sn} + \epsilon)}, \qquad \epsilon = 10^{-8} \\
+        y_n &\leftarrow y'_n + \operatorname{MLP}(y'_n), \qquad y'_n = \operatorname{GRU}(u_n, y_n)
+
+    with k, q, v linear, and layer normalisation of the tokens, of the slots before q, and before the MLP. After the
+    last one, an MLP of two layers maps each slot to an element and its mask. Slots have no numbers: those drawn in
+    another order give the elements in that order.
+
+    With ``attention="sinkhorn"`` tokens are transported to slots, and no slot can take them all:
+
+    .. math::
+        u_n = N \sum_s \pi_{sn}\, v(x_s), \qquad
+        \pi = \operatorname*{arg\,min}_{\pi 1 = \alpha,\ \pi^\top 1 = \beta}
+        \sum_{sn} \pi_{sn} \Big({-\frac{k(x_s) \cdot q(y_n)}{\sqrt{H}}} + \log \frac{\pi_{sn}}{\alpha_s \beta_n}\Big)
+
+    whose weights are softmaxes, over tokens and over slots, of a linear map of each.
+
+    Args:
+        in_channels: Size D of the tokens, or of the vectors.
+        set_size: Largest number of elements N, the number of slots.
+        channels: Features C of an element, without the mask.
+        hidden_channels: Size H of a slot. The MLP of an iteration is twice as wide.
+        iters: Number of iterations T.
+        tokens: Number S of tokens that a vector is mapped to, by a linear layer; None takes tokens themselves. With a
+            single token there is nothing to compete for: all slots get the same, and differ as they were drawn.
+        attention: ``"softmax"`` or ``"sinkhorn"``.
+        differentiate: ``"unrolled"`` differentiates every iteration; ``"implicit"`` runs all but the last without a
+            graph and differentiates that one, with the slots before it held constant: the implicit function theorem at
+            a fixed point, of whose Neumann series the first term is kept. Memory is that of one iteration. Nothing
+            flows to the Gaussian then: it stays as it is, and does not require a gradient.
+        mask_clamp: Range of the predicted mask; None predicts no mask (sets of fixed size).
+        scaler: Standardises elements: the decoder works in its coordinates, and returns elements in the users'; see
+            :class:`setpred.StandardScaler`.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: If a number is out of its range, a choice is unknown, or ``scaler`` has other channels.
+
+    Example:
+        >>> from setpred import SlotDecoder
+        >>> tokens, mask = torch.randn(8, 49, 64), torch.rand(8, 49) < 0.9
+        >>> elements, mask, _ = SlotDecoder(64, set_size=10, channels=2)(tokens, mask)
+        >>> elements.shape, mask.shape
+        (torch.Size([8, 10, 2]), torch.Size([8, 10]))
+
+        From one vector:
+
+        >>> elements, mask, _ = SlotDecoder(64, set_size=10, channels=2, tokens=16)(torch.randn(8, 64))
+
+    Source: Locatello et al., Object-Centric Learning with Slot Attention (NeurIPS 2020), Algorithm 1; implicit: Chang,
+    Griffiths, Levine, Object Representations as Fixed Points (NeurIPS 2022), whose one iteration is in addition to T;
+    Sinkhorn: Zhang et al., Unlocking Slot Attention by Changing Optimal Transport Costs (ICML 2023), SA-SH, with dot
+    products, of which the plan is that of half the squared distances, and transport until it has converged.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        set_size: int,
+        channels: int,
+        hidden_channels: int = 64,
+        *,
+        iters: int = 3,
+        tokens: int | None = None,
+        attention: Literal["softmax", "sinkhorn"] = "softmax",
+        differentiate: Literal["unrolled", "implicit"] = "unrolled",
+        mask_clamp: tuple[float, float] | None = (0.0, 1.0),
+        scaler: StandardScaler | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_channels, set_size, channels, hidden_channels, mask_clamp=mask_clamp, scaler=scaler)
+        check_count("iters", iters)
+        if tokens is not None:
+            check_count("tokens", tokens)
+        check_choice("attention", attention, ("softmax", "sinkhorn"))
+        check_choice("differentiate", differentiate, ("unrolled", "implicit"))
+        self.hidden_channels, self.iters, self.tokens = hidden_channels, iters, tokens
+        self.attention: Literal["softmax", "sinkhorn"] = attention
+        self.differentiate: Literal["unrolled", "implicit"] = differentiate
+
+        def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias, device=device, dtype=dtype)
+
+        def norm(size: int) -> nn.LayerNorm:
+            return nn.LayerNorm(size, device=device, dtype=dtype)
+
+        def mlp(width: int, outputs: int) -> nn.Sequential:
+            return nn.Sequential(linear(hidden, width, True), nn.ReLU(), linear(width, outputs, True))
+
+        hidden, width = hidden_channels, in_channels if tokens is None else hidden_channels
+        learned = differentiate == "unrolled"
+        self.slot_mean = nn.Parameter(torch.empty(hidden, device=device, dtype=dtype), requires_grad=learned)
+        self.slot_log_std = nn.Parameter(torch.empty(hidden, device=device, dtype=dtype), requires_grad=learned)
+        self.to_tokens = None if tokens is None else linear(in_channels, tokens * hidden, True)
+        self.norm_tokens, self.norm_slots, self.norm_mlp = norm(width), norm(hidden), norm(hidden)
+        self.key, self.value, self.query = linear(width, hidden), linear(width, hidden), linear(hidden, hidden)
+        self.token_weight = linear(width, 1) if attention == "sinkhorn" else None
+        self.slot_weight = linear(hidden, 1) if attention == "sinkhorn" else None
+        self.gru = nn.GRUCell(hidden, hidden, device=device, dtype=dtype)
+        self.mlp = mlp(2 * hidden, hidden)
+        self.output = mlp(hidden, self.out_channels)
+        self._standard_slots()
+
+    def _standard_slots(self) -> None:
+        nn.init.zeros_(self.slot_mean)
+        nn.init.zeros_(self.slot_log_std)
+
+    @override
+    def reset_parameters(self) -> None:
+        """Draw new parameters, as PyTorch's layers do; slots are drawn from the standard normal again."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.LayerNorm | nn.GRUCell):
+                module.reset_parameters()
+        self._standard_slots()
+
+    def forward(
+        self,
+        z: Tensor,
+        mask: Tensor | None = None,
+        *,
+        iters: int | None = None,
+        init: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> SetPrediction:
+        """Decode tokens, or vectors, into sets.
+
+        Args:
+            z: Tokens, shape ``(B, S, in_channels)``; where the decoder has ``tokens``, vectors
+                ``(B, in_channels)``.
+            mask: Which tokens are present, bool or float in [0, 1], shape ``(B, S)``; None means all. Absent ones have
+                no part, one of 0.5 counts half. A sample without any is decoded from its slots alone, with
+                :math:`u_n = 0`.
+            iters: Number of iterations, by default the decoder's.
+            init: Initial slots ``(B, N, hidden_channels)``, in place of drawn ones; N need not be ``set_size``.
+            generator: Source of the slots.
+
+        Returns:
+            The predicted sets; masks in ``mask_clamp``, no trajectory.
+
+        Raises:
+            ValueError: If a shape is wrong, or vectors come with a mask.
+            TypeError: If a dtype is wrong.
+        """
+        if iters is not None:
+            check_count("iters", iters)
+        if self.to_tokens is None:
+            check_shape("z", z, "B", "S", self.in_channels)
+        else:
+            check_shape("z", z, "B", self.in_channels)
+            if mask is not None:
+                raise ValueError("`mask` must be None where `z` is a vector, got one")
+            z = self.to_tokens(z).unflatten(1, (-1, self.hidden_channels))
+        check_mask("mask", mask, z.shape[:2])
+        if init is None:
+            noise = standard_normal((len(z), self.set_size, self.hidden_channels), self.slot_mean, generator)
+            slots = self.slot_mean + self.slot_log_std.exp() * noise
+        else:
+            check_shape("init", init, len(z), "N", self.hidden_channels)
+            slots = init.to(self.slot_mean.dtype)
+        slots = self._iterate(slots, self._inputs(z, mask), iters or self.iters)
+        return self._as_prediction(self.output(slots))
+
+    def _inputs(self, z: Tensor, mask: Tensor | None) -> _Inputs:
+        mask = torch.ones_like(z[..., 0]) if mask is None else mask
+        absent = mask <= 0
+        tokens = self.norm_tokens(z.masked_fill(absent.unsqueeze(2), 0))
+        keys, values = self.key(tokens), self.value(tokens)
+        dtype = common_dtype(keys)
+        # Where none is present, all weigh something and say nothing.
+        none = absent.all(1, keepdim=True)
+        weight = mask.to(dtype).masked_fill(absent, 0).masked_fill(none, 1)
+        if self.token_weight is not None:
+            weight = self.token_weight(tokens).squeeze(2).to(dtype).softmax(1) * weight
+            weight = weight / weight.sum(1, keepdim=True)
+        return _Inputs(keys.to(dtype), values.to(dtype).masked_fill(none.unsqueeze(2), 0), weight)
+
+    def _iterate(self, slots: Tensor, inputs: _Inputs, iters: int) -> Tensor:
+        # A map, not an objective as in `descend`: there is no gradient to take, and one more iteration is all it needs.
+        free = iters - 1 if self.differentiate == "implicit" else 0
+        with torch.no_grad():
+            for _ in range(free):
+                slots = self._iteration(slots, inputs)
+        if self.differentiate == "implicit":
+            slots = slots.detach()  # forward-mode differentiation sees through no_grad
+        for _ in range(iters - free):
+            slots = self._iteration(slots, inputs)
+        return slots
+
+    def _iteration(self, slots: Tensor, inputs: _Inputs) -> Tensor:
+        keys, values, weight = inputs
+        normed = self.norm_slots(slots)
+        query = self.query(normed)
+        slot_logit = None if self.slot_weight is None else self.slot_weight(normed).squeeze(2)
+        with full_precision(slots.device):
+            logits = keys @ query.to(keys.dtype).mT * self.hidden_channels**-0.5  # (B, S, N)
+            if slot_logit is None:
+                won = (logits.softmax(2) + _LEAST) * weight.unsqueeze(2)
+                share = won / won.sum(1, keepdim=True)
+            else:
+                slot_weight = slot_logit.to(keys.dtype).softmax(1)
+                plan = differentiable_plan(-logits, weight, slot_weight, epsilon=1.0, iters=_TRANSPORT_ITERS)
+                share = slots.shape[1] * plan
+            updates = (share.mT @ values).to(slots.dtype)
+        slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
+        mapped: Tensor = self.mlp(self.norm_mlp(slots))
+        return slots + mapped
+
+    @override
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, iters={self.iters}, tokens={self.tokens}, attention={self.attention!r}, "
+            f"differentiate={self.differentiate!r}"
+        )
