@@ -32,6 +32,7 @@ from setpred import (
     SetPrediction,
     SinkhornLoss,
     SlicedWassersteinLoss,
+    SlotDecoder,
     StandardScaler,
     Trajectory,
     functional,
@@ -104,6 +105,12 @@ def decode(decoder: nn.Module) -> SetPrediction:
     (z,) = inputs((B, D))
     torch.manual_seed(1)  # for random initial sets
     return decoder(z)
+
+
+def decode_tokens(decoder: nn.Module) -> SetPrediction:
+    z, mask = inputs((B, 3, D), (B, 3))
+    torch.manual_seed(1)  # for random slots
+    return decoder(z, mask > 0.3)
 
 
 def charge(loss: nn.Module) -> Tensor:
@@ -184,6 +191,10 @@ def things() -> Iterator[tuple[str, Case]]:
         yield f"LSTMDecoder:{clamp}", Case(LSTMDecoder(D, N, C, 8, mask_clamp=clamp), decode)
     yield "MLPDecoder:scaler", Case(MLPDecoder(D, N, C, 8, scaler=fitted_scaler()), decode)
     yield "LSTMDecoder:scaler", Case(LSTMDecoder(D, N, C, 8, scaler=fitted_scaler()), decode)
+    for attention, way in product(("softmax", "sinkhorn"), ("unrolled", "implicit")):
+        slots = SlotDecoder(D, N, C, 8, attention=attention, differentiate=way)
+        yield f"SlotDecoder:{attention}, {way}", Case(slots, decode_tokens)
+    yield "SlotDecoder:vectors", Case(SlotDecoder(D, N, C, 8, tokens=3, scaler=fitted_scaler()), decode)
 
     # With presence="feature", the mask is the last channel.
     composed = sum_costs(on_channels("l1", slice(0, 2), weight=5.0), on_channels(cross_entropy_cost, [2, -1]))

@@ -30,6 +30,7 @@ from setpred import (
     RepresentationLoss,
     SinkhornLoss,
     SlicedWassersteinLoss,
+    SlotDecoder,
     StandardScaler,
     functional,
     metrics,
@@ -162,6 +163,14 @@ CASES: dict[str, Case] = {
     "MLPDecoder": lambda: called(MLPDecoder(8, 5, 3, 16), torch.randn(2, 8)),
     "MLPDecoder, no mask": lambda: called(MLPDecoder(8, 5, 3, 16, mask_clamp=None), torch.randn(2, 8)),
     "LSTMDecoder": lambda: called(LSTMDecoder(8, 5, 3, 16), torch.randn(2, 8)),
+    **{
+        f"SlotDecoder, {attention}, {way}": lambda attention=attention, way=way: called(
+            SlotDecoder(8, 5, 3, 16, attention=attention, differentiate=way), torch.randn(2, 6, 8), presence(2, 6)
+        )
+        for attention in ("softmax", "sinkhorn")
+        for way in ("unrolled", "implicit")
+    },
+    "SlotDecoder, vectors": lambda: called(SlotDecoder(8, 5, 3, 16, tokens=4), torch.randn(2, 8)),
     **{
         f"{name}, {kind}": lambda loss=loss, kind=kind: called(loss(presence=kind), *sets())
         for name, loss in {"HungarianLoss": HungarianLoss, "ChamferLoss": ChamferLoss}.items()

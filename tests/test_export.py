@@ -20,6 +20,7 @@ from setpred import (
     PooledEncoder,
     RelationEncoder,
     SetPrediction,
+    SlotDecoder,
     StandardScaler,
 )
 from setpred.export import to_onnx, to_program
@@ -136,6 +137,53 @@ def test_program_of_encoders_that_need_other_ways() -> None:
 def test_program_of_the_baselines(baseline: type[nn.Module]) -> None:
     model = baseline(16, 5, 2, 8, scaler=fitted_scaler()).eval()
     assert_equal(model, to_program(model, torch.randn(3, 16)).module(), 16)
+
+
+class FromGiven(nn.Module):
+    """Slots as an input: a graph draws numbers of its own."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.decoder = SlotDecoder(6, 5, 2, 8, **options)
+
+    def forward(self, z: Tensor, mask: Tensor, slots: Tensor) -> SetPrediction:
+        return self.decoder(z, mask, init=slots)
+
+
+def slot_inputs(size: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(size, 4, 6), torch.rand(size, 4) < 0.7, torch.randn(size, 5, 8)
+
+
+@pytest.mark.parametrize("attention", ["softmax", "sinkhorn"])
+def test_program_of_slots(attention: str) -> None:
+    model = FromGiven(attention=attention, differentiate="implicit", scaler=fitted_scaler()).eval()
+    program = to_program(model, slot_inputs(3)).module()
+    for size in BATCHES:
+        inputs = slot_inputs(size)
+        torch.testing.assert_close(flat(program(*inputs)), flat(model(*inputs)), rtol=1e-5, atol=1e-5)
+
+
+def test_onnx_runtime_of_slots(tmp_path: Path) -> None:
+    model = FromGiven().eval()
+    to_onnx(model, slot_inputs(3), tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for size in BATCHES:
+        inputs = slot_inputs(size)
+        actual = session.run(None, {name: x.numpy() for name, x in zip(("z", "mask", "slots"), inputs, strict=True)})
+        for a, e in zip(actual, flat(model(*inputs)), strict=True):
+            torch.testing.assert_close(torch.as_tensor(a), e, rtol=1e-5, atol=1e-5)
+
+
+def test_a_program_draws_slots_for_every_batch_size() -> None:
+    model = SlotDecoder(16, 5, 2, 8, tokens=4).eval()
+    program = to_program(model, torch.randn(3, 16)).module()
+    for size in BATCHES:
+        z = torch.randn(size, 16)
+        torch.manual_seed(0)
+        one, mask = program(z)
+        assert not torch.equal(one, program(z)[0])
+        torch.manual_seed(0)
+        torch.testing.assert_close((one, mask), tuple(model(z)[:2]), rtol=1e-5, atol=1e-5)
 
 
 def test_several_inputs_and_a_trajectory() -> None:

@@ -24,6 +24,7 @@ from setpred import (
     PolyakDescent,
     PooledEncoder,
     RelationEncoder,
+    SlotDecoder,
     StandardScaler,
     chamfer_loss,
     earth_mover_distance,
@@ -335,6 +336,15 @@ def of_modules() -> Iterator[tuple[str, Case]]:
     for name, make in DECODERS.items():
         decoder = make()
         yield name, Case(lambda z, d=decoder: tuple(d(z)), (z,))
+    tokens, slots, present = torch.randn(V, B, M, D), torch.randn(V, B, N, 8), bools(B, M)
+    for attention, way in product(("softmax", "sinkhorn"), ("unrolled", "implicit")):
+        decoder = SlotDecoder(D, N, C, 8, attention=attention, differentiate=way)
+        yield (
+            f"SlotDecoder:{attention}, {way}",
+            Case(lambda z, m, y, d=decoder: tuple(d(z, m, init=y)), (tokens, present, slots)),
+        )
+    decoder = SlotDecoder(D, N, C, 8, tokens=M, scaler=scaler)
+    yield "SlotDecoder:vectors", Case(lambda z, y, d=decoder: tuple(d(z, init=y)), (z, slots))
     decoder = DECODERS["DSPNDecoder"]()
     yield "DSPNDecoder:init", Case(lambda z, y, m: decoder(z, init=(y, m)), (z, target, mask))
     loss = DSPNLoss(decoder.encoder, HungarianLoss())

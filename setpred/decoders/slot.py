@@ -3,6 +3,7 @@
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -237,7 +238,7 @@ class SlotDecoder(DirectDecoder):
                 plan = differentiable_plan(-logits, weight, slot_weight, epsilon=1.0, iters=_TRANSPORT_ITERS)
                 share = slots.shape[1] * plan
             updates = (share.mT @ values).to(slots.dtype)
-        slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
+        slots = _gru(self.gru, updates, slots)
         mapped: Tensor = self.mlp(self.norm_mlp(slots))
         return slots + mapped
 
@@ -247,3 +248,11 @@ class SlotDecoder(DirectDecoder):
             f"{super().extra_repr()}, iters={self.iters}, tokens={self.tokens}, attention={self.attention!r}, "
             f"differentiate={self.differentiate!r}"
         )
+
+
+def _gru(cell: nn.GRUCell, x: Tensor, hidden: Tensor) -> Tensor:
+    """What the cell computes; PyTorch has no rules for it in vmap, nor on CUDA in forward mode."""
+    of_x, of_hidden = F.linear(x, cell.weight_ih, cell.bias_ih), F.linear(hidden, cell.weight_hh, cell.bias_hh)
+    (reset, keep, new), (reset_hidden, keep_hidden, new_hidden) = of_x.chunk(3, -1), of_hidden.chunk(3, -1)
+    new = torch.tanh(new + torch.sigmoid(reset + reset_hidden) * new_hidden)
+    return new + torch.sigmoid(keep + keep_hidden) * (hidden - new)

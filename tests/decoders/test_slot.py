@@ -354,7 +354,7 @@ def test_autocast_leaves_attention_in_full_precision(attention: str) -> None:
     decoder, (z, slots), mask = make(attention=attention), draw(dtype=torch.float32), presence()
     expected = decoder(z, mask, init=slots).elements
     found: list[Tensor] = []
-    decoder.gru.register_forward_pre_hook(lambda _, inputs: found.extend(inputs))
+    decoder.norm_mlp.register_forward_pre_hook(lambda _, inputs: found.extend(inputs))
     for tokens in (z, z.bfloat16()):
         with devices.autocast(torch.bfloat16), Products() as products:
             prediction = decoder(tokens, mask, init=slots)
