@@ -13,14 +13,15 @@ from setpred._checks import check_at_least, check_count, check_mask, check_shape
 
 
 class Trajectory(NamedTuple):
-    r"""Every step of the inner optimisation that made a prediction.
+    r"""Every step that made a prediction: of an inner optimisation, or the layers of a transformer.
 
     Attributes:
-        elements: :math:`Y_0 \dots Y_T`, shape ``(T+1, B, N, C)``; step 0 is the initial set.
-        mask: Presence at each step, shape ``(T+1, B, N)``.
+        elements: :math:`Y_0 \dots Y_T`, shape ``(T+1, B, N, C)``; step 0 is the initial set. Of L layers, the sets
+            after each, shape ``(L, B, N, C)``.
+        mask: Presence at each step, shape ``(T+1, B, N)`` or ``(L, B, N)``.
         repr_loss: What each sample minimises, before each step: the representation loss, and the anchor's term where
-            there is one; shape ``(T, B)``.
-        grad_norm: Euclidean norm of each sample's inner gradient before clipping, shape ``(T, B)``.
+            there is one; shape ``(T, B)``. None of layers, which minimise nothing.
+        grad_norm: Euclidean norm of each sample's inner gradient before clipping, shape ``(T, B)``; None of layers.
 
     Example:
         >>> from setpred import DSPNDecoder, PooledEncoder
@@ -34,8 +35,8 @@ class Trajectory(NamedTuple):
 
     elements: Tensor
     mask: Tensor
-    repr_loss: Tensor
-    grad_norm: Tensor
+    repr_loss: Tensor | None = None
+    grad_norm: Tensor | None = None
 
 
 class SetPrediction(NamedTuple):
@@ -44,7 +45,7 @@ class SetPrediction(NamedTuple):
     Attributes:
         elements: Set elements, shape ``(B, N, C)``.
         mask: Presence of each element in [0, 1], shape ``(B, N)``; ones where the decoder carries no mask.
-        trajectory: The inner steps, or None where nothing was recorded.
+        trajectory: The steps or layers that led to them, or None where nothing was recorded.
 
     Example:
         >>> prediction = SetPrediction(torch.rand(2, 5, 3), torch.ones(2, 5))

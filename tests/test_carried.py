@@ -191,7 +191,7 @@ def things() -> Iterator[tuple[str, Case]]:
         yield f"LSTMDecoder:{clamp}", Case(LSTMDecoder(D, N, C, 8, mask_clamp=clamp), decode)
     yield "MLPDecoder:scaler", Case(MLPDecoder(D, N, C, 8, scaler=fitted_scaler()), decode)
     yield "LSTMDecoder:scaler", Case(LSTMDecoder(D, N, C, 8, scaler=fitted_scaler()), decode)
-    for attention, way in product(("softmax", "sinkhorn"), ("unrolled", "implicit")):
+    for attention, way in product(("softmax", "sinkhorn", "mesh"), ("unrolled", "implicit")):
         slots = SlotDecoder(D, N, C, 8, attention=attention, differentiate=way)
         yield f"SlotDecoder:{attention}, {way}", Case(slots, decode_tokens)
     yield "SlotDecoder:vectors", Case(SlotDecoder(D, N, C, 8, tokens=3, scaler=fitted_scaler()), decode)

@@ -167,7 +167,7 @@ CASES: dict[str, Case] = {
         f"SlotDecoder, {attention}, {way}": lambda attention=attention, way=way: called(
             SlotDecoder(8, 5, 3, 16, attention=attention, differentiate=way), torch.randn(2, 6, 8), presence(2, 6)
         )
-        for attention in ("softmax", "sinkhorn")
+        for attention in ("softmax", "sinkhorn", "mesh")
         for way in ("unrolled", "implicit")
     },
     "SlotDecoder, vectors": lambda: called(SlotDecoder(8, 5, 3, 16, tokens=4), torch.randn(2, 8)),

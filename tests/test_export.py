@@ -155,8 +155,9 @@ def slot_inputs(size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("attention", ["softmax", "sinkhorn"])
-def test_program_of_slots(attention: str) -> None:
-    model = FromGiven(attention=attention, differentiate="implicit", scaler=fitted_scaler()).eval()
+def test_program_of_slots(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("setpred.decoders.slot._TRANSPORT_ITERS", 4)  # in a graph they are unrolled
+    model = FromGiven(attention=attention, iters=2, differentiate="implicit", scaler=fitted_scaler()).eval()
     program = to_program(model, slot_inputs(3)).module()
     for size in BATCHES:
         inputs = slot_inputs(size)

@@ -337,7 +337,7 @@ def of_modules() -> Iterator[tuple[str, Case]]:
         decoder = make()
         yield name, Case(lambda z, d=decoder: tuple(d(z)), (z,))
     tokens, slots, present = torch.randn(V, B, M, D), torch.randn(V, B, N, 8), bools(B, M)
-    for attention, way in product(("softmax", "sinkhorn"), ("unrolled", "implicit")):
+    for attention, way in product(("softmax", "sinkhorn", "mesh"), ("unrolled", "implicit")):
         decoder = SlotDecoder(D, N, C, 8, attention=attention, differentiate=way)
         yield (
             f"SlotDecoder:{attention}, {way}",

@@ -11,12 +11,14 @@ from setpred._checks import check_choice, check_count, check_mask, check_shape
 from setpred.decoders.direct import DirectDecoder
 from setpred.functional._precision import common_dtype, full_precision
 from setpred.functional._random import standard_normal
-from setpred.functional.sinkhorn import differentiable_plan
+from setpred.functional.sinkhorn import differentiable_plan, entropic_transport, plan_change
 from setpred.scaler import StandardScaler
-from setpred.sets import SetPrediction
+from setpred.sets import SetPrediction, Trajectory
 
 _LEAST = 1e-8  # Attention that every token has: a slot that wins none is given the mean of all.
 _TRANSPORT_ITERS = 50  # To an error of about 1e-7 while logits are of the order of 1, and 1e-4 of 5.
+_MESH_STEPS, _MESH_LENGTH = 4, 8.0  # as published
+ATTENTION = ("softmax", "sinkhorn", "mesh")
 
 
 class _Inputs(NamedTuple):
@@ -48,7 +50,9 @@ class SlotDecoder(DirectDecoder):
         \pi = \operatorname*{arg\,min}_{\pi 1 = \alpha,\ \pi^\top 1 = \beta}
         \sum_{sn} \pi_{sn} \Big({-\frac{k(x_s) \cdot q(y_n)}{\sqrt{H}}} + \log \frac{\pi_{sn}}{\alpha_s \beta_n}\Big)
 
-    whose weights are softmaxes, over tokens and over slots, of a linear map of each.
+    whose weights are softmaxes, over tokens and over slots, of a linear map of each. ``"mesh"`` moves the costs first,
+    by 4 steps of length 8 against the gradient of the plan's entropy, so that each token goes to about one slot; the
+    steps are held constant when differentiated.
 
     Args:
         in_channels: Size D of the tokens, or of the vectors.
@@ -58,7 +62,7 @@ class SlotDecoder(DirectDecoder):
         iters: Number of iterations T.
         tokens: Number S of tokens that a vector is mapped to, by a linear layer; None takes tokens themselves. With a
             single token there is nothing to compete for: all slots get the same, and differ as they were drawn.
-        attention: ``"softmax"`` or ``"sinkhorn"``.
+        attention: ``"softmax"``, ``"sinkhorn"`` or ``"mesh"``.
         differentiate: ``"unrolled"`` differentiates every iteration; ``"implicit"`` runs all but the last without a
             graph and differentiates that one, with the slots before it held constant: the implicit function theorem at
             a fixed point, of whose Neumann series the first term is kept. Memory is that of one iteration. Nothing
@@ -85,8 +89,9 @@ class SlotDecoder(DirectDecoder):
 
     Source: Locatello et al., Object-Centric Learning with Slot Attention (NeurIPS 2020), Algorithm 1; implicit: Chang,
     Griffiths, Levine, Object Representations as Fixed Points (NeurIPS 2022), whose one iteration is in addition to T;
-    Sinkhorn: Zhang et al., Unlocking Slot Attention by Changing Optimal Transport Costs (ICML 2023), SA-SH, with dot
-    products, of which the plan is that of half the squared distances, and transport until it has converged.
+    Sinkhorn: Zhang et al., Unlocking Slot Attention by Changing Optimal Transport Costs (ICML 2023), SA-SH and SA-MESH,
+    with dot products, of which the plan is that of half the squared distances, with more of Sinkhorn's iterations, and
+    without noise: no two slots are drawn alike.
     """
 
     def __init__(
@@ -98,7 +103,7 @@ class SlotDecoder(DirectDecoder):
         *,
         iters: int = 3,
         tokens: int | None = None,
-        attention: Literal["softmax", "sinkhorn"] = "softmax",
+        attention: Literal["softmax", "sinkhorn", "mesh"] = "softmax",
         differentiate: Literal["unrolled", "implicit"] = "unrolled",
         mask_clamp: tuple[float, float] | None = (0.0, 1.0),
         scaler: StandardScaler | None = None,
@@ -109,10 +114,10 @@ class SlotDecoder(DirectDecoder):
         check_count("iters", iters)
         if tokens is not None:
             check_count("tokens", tokens)
-        check_choice("attention", attention, ("softmax", "sinkhorn"))
+        check_choice("attention", attention, ATTENTION)
         check_choice("differentiate", differentiate, ("unrolled", "implicit"))
         self.hidden_channels, self.iters, self.tokens = hidden_channels, iters, tokens
-        self.attention: Literal["softmax", "sinkhorn"] = attention
+        self.attention: Literal["softmax", "sinkhorn", "mesh"] = attention
         self.differentiate: Literal["unrolled", "implicit"] = differentiate
 
         def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
@@ -131,8 +136,8 @@ class SlotDecoder(DirectDecoder):
         self.to_tokens = None if tokens is None else linear(in_channels, tokens * hidden, True)
         self.norm_tokens, self.norm_slots, self.norm_mlp = norm(width), norm(hidden), norm(hidden)
         self.key, self.value, self.query = linear(width, hidden), linear(width, hidden), linear(hidden, hidden)
-        self.token_weight = linear(width, 1) if attention == "sinkhorn" else None
-        self.slot_weight = linear(hidden, 1) if attention == "sinkhorn" else None
+        self.token_weight = None if attention == "softmax" else linear(width, 1)
+        self.slot_weight = None if attention == "softmax" else linear(hidden, 1)
         self.gru = nn.GRUCell(hidden, hidden, device=device, dtype=dtype)
         self.mlp = mlp(2 * hidden, hidden)
         self.output = mlp(hidden, self.out_channels)
@@ -157,6 +162,7 @@ class SlotDecoder(DirectDecoder):
         *,
         iters: int | None = None,
         init: Tensor | None = None,
+        record: bool | None = None,
         generator: torch.Generator | None = None,
     ) -> SetPrediction:
         """Decode tokens, or vectors, into sets.
@@ -169,10 +175,13 @@ class SlotDecoder(DirectDecoder):
                 :math:`u_n = 0`.
             iters: Number of iterations, by default the decoder's.
             init: Initial slots ``(B, N, hidden_channels)``, in place of drawn ones; N need not be ``set_size``.
+            record: Whether to keep the sets after every iteration as the trajectory; by default in training mode with
+                ``"unrolled"`` only. With ``"implicit"``, the slots of all but the last are constants.
             generator: Source of the slots.
 
         Returns:
-            The predicted sets; masks in ``mask_clamp``, no trajectory.
+            The predicted sets, with those after each iteration, shape ``(T, B, N, C)``, if recorded; masks in
+            ``mask_clamp``.
 
         Raises:
             ValueError: If a shape is wrong, or vectors come with a mask.
@@ -185,7 +194,7 @@ class SlotDecoder(DirectDecoder):
         else:
             check_shape("z", z, "B", self.in_channels)
             if mask is not None:
-                raise ValueError("`mask` must be None where `z` is a vector, got one")
+                raise ValueError("`mask` must be None where `z` is a vector of each sample, got one: it is of tokens")
             z = self.to_tokens(z).unflatten(1, (-1, self.hidden_channels))
         check_mask("mask", mask, z.shape[:2])
         if init is None:
@@ -194,8 +203,13 @@ class SlotDecoder(DirectDecoder):
         else:
             check_shape("init", init, len(z), "N", self.hidden_channels)
             slots = init.to(self.slot_mean.dtype)
-        slots = self._iterate(slots, self._inputs(z, mask), iters or self.iters)
-        return self._as_prediction(self.output(slots))
+        steps = self._iterate(slots, self._inputs(z, mask), iters or self.iters)
+        if record is None:
+            record = self.training and self.differentiate == "unrolled"
+        if not record:
+            return self._as_prediction(self.output(steps[-1]))
+        sets, masks, _ = self._as_prediction(self.output(torch.stack(steps)))
+        return SetPrediction(sets[-1], masks[-1], Trajectory(sets, masks))
 
     def _inputs(self, z: Tensor, mask: Tensor | None) -> _Inputs:
         mask = torch.ones_like(z[..., 0]) if mask is None else mask
@@ -211,17 +225,19 @@ class SlotDecoder(DirectDecoder):
             weight = weight / weight.sum(1, keepdim=True)
         return _Inputs(keys.to(dtype), values.to(dtype).masked_fill(none.unsqueeze(2), 0), weight)
 
-    def _iterate(self, slots: Tensor, inputs: _Inputs, iters: int) -> Tensor:
+    def _iterate(self, slots: Tensor, inputs: _Inputs, iters: int) -> list[Tensor]:
+        """Slots after each iteration."""
+        steps = [slots]
         # A map, not an objective as in `descend`: there is no gradient to take, and one more iteration is all it needs.
         free = iters - 1 if self.differentiate == "implicit" else 0
         with torch.no_grad():
             for _ in range(free):
-                slots = self._iteration(slots, inputs)
+                steps.append(self._iteration(steps[-1], inputs))
         if self.differentiate == "implicit":
-            slots = slots.detach()  # forward-mode differentiation sees through no_grad
+            steps = [slots.detach() for slots in steps]  # forward-mode differentiation sees through no_grad
         for _ in range(iters - free):
-            slots = self._iteration(slots, inputs)
-        return slots
+            steps.append(self._iteration(steps[-1], inputs))
+        return steps[1:]
 
     def _iteration(self, slots: Tensor, inputs: _Inputs) -> Tensor:
         keys, values, weight = inputs
@@ -235,7 +251,10 @@ class SlotDecoder(DirectDecoder):
                 share = won / won.sum(1, keepdim=True)
             else:
                 slot_weight = slot_logit.to(keys.dtype).softmax(1)
-                plan = differentiable_plan(-logits, weight, slot_weight, epsilon=1.0, iters=_TRANSPORT_ITERS)
+                cost = -logits
+                if self.attention == "mesh":
+                    cost = cost + _sharpening(cost.detach(), weight.detach(), slot_weight.detach())
+                plan = differentiable_plan(cost, weight, slot_weight, epsilon=1.0, iters=_TRANSPORT_ITERS)
                 share = slots.shape[1] * plan
             updates = (share.mT @ values).to(slots.dtype)
         slots = _gru(self.gru, updates, slots)
@@ -256,3 +275,17 @@ def _gru(cell: nn.GRUCell, x: Tensor, hidden: Tensor) -> Tensor:
     (reset, keep, new), (reset_hidden, keep_hidden, new_hidden) = of_x.chunk(3, -1), of_hidden.chunk(3, -1)
     new = torch.tanh(new + torch.sigmoid(reset + reset_hidden) * new_hidden)
     return new + torch.sigmoid(keep + keep_hidden) * (hidden - new)
+
+
+@torch.no_grad()
+def _sharpening(cost: Tensor, row_weight: Tensor, col_weight: Tensor) -> Tensor:
+    """What to add to the cost, so that the plan has less entropy."""
+    moved = cost
+    for _ in range(_MESH_STEPS):
+        plan = entropic_transport(moved, row_weight, col_weight, epsilon=1.0, iters=_TRANSPORT_ITERS).plan
+        # The derivative of a plan by the cost is symmetric: along a direction, or of a sum weighted by it.
+        log_plan = plan.clamp(min=torch.finfo(plan.dtype).tiny).log()
+        slope = plan_change(plan, log_plan, torch.zeros_like(row_weight), torch.zeros_like(col_weight))
+        length = slope.flatten(1).norm(dim=1).clamp(min=1e-5)  # below, the plan is sharp and the slope is rounding
+        moved = moved - _MESH_LENGTH * slope / length.view(-1, 1, 1)
+    return moved - cost

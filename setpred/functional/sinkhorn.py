@@ -191,7 +191,7 @@ def differentiable_plan(cost: Tensor, row_weight: Tensor, col_weight: Tensor, *,
     if is_exporting():
         return plan
     cost, row_weight, col_weight = _once(cost), _once(row_weight), _once(col_weight)
-    change = _plan_change(
+    change = plan_change(
         plan,
         (cost.detach() - cost) / epsilon,
         row_weight - row_weight.detach(),
@@ -202,7 +202,7 @@ def differentiable_plan(cost: Tensor, row_weight: Tensor, col_weight: Tensor, *,
     return plan + change
 
 
-def _plan_change(plan: Tensor, by: Tensor, of_rows: Tensor, of_cols: Tensor) -> Tensor:
+def plan_change(plan: Tensor, by: Tensor, of_rows: Tensor, of_cols: Tensor) -> Tensor:
     """How a plan changes with -cost / epsilon, and with the sums of its rows and columns, to first order.
 
     It is plan (by + u + v), of which u, one for each row, and v, for each column, give it these sums. They solve linear
@@ -274,7 +274,12 @@ def _soft_min(
     and their sum too.
     """
     least = 0.7 * math.log(torch.finfo(cost.dtype).tiny)
-    torch.mul(cost, -1 / eps.unsqueeze(2), out=kernel).add_((potential / eps + log_weight).unsqueeze(3 - dim))
+    factor = -1 / eps.unsqueeze(2)
+    if is_exporting():  # a graph that is run with gradients takes no `out`
+        kernel.copy_(cost * factor)
+    else:
+        torch.mul(cost, factor, out=kernel)
+    kernel.add_((potential / eps + log_weight).unsqueeze(3 - dim))
     top = kernel.amax(dim, keepdim=True)
     # exp() of what underflows takes ten times as long on the CPU.
     F.threshold(kernel.sub_(top).clamp_(min=least).exp_(), 2 * math.exp(least), 0.0, inplace=True)

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from setpred import HungarianLoss, SlotDecoder, StandardScaler
+from setpred.decoders.slot import _MESH_LENGTH, _sharpening
+from setpred.functional import entropic_transport
 from setpred.functional.sinkhorn import differentiable_plan
 from tests import devices, oracles
 
 D, N, C, H, S = 6, 4, 2, 8, 5
 DOUBLE = {"dtype": torch.float64}
-ATTENTION = pytest.mark.parametrize("attention", ["softmax", "sinkhorn"])
+ATTENTION = pytest.mark.parametrize("attention", ["softmax", "sinkhorn", "mesh"])
+WITHOUT_MESH = pytest.mark.parametrize("attention", ["softmax", "sinkhorn"])
 DIFFERENTIATE = pytest.mark.parametrize("differentiate", ["unrolled", "implicit"])
 
 
@@ -84,7 +87,7 @@ def test_layers_are_the_published_ones() -> None:
     }
 
 
-@ATTENTION
+@WITHOUT_MESH
 @pytest.mark.parametrize("iters", [1, 3])
 def test_equals_the_formula(attention: str, iters: int) -> None:
     decoder, (z, slots) = make(attention=attention, iters=iters, **DOUBLE), draw()
@@ -95,7 +98,6 @@ def test_equals_the_formula(attention: str, iters: int) -> None:
         output = oracles.slot_attention(state, z[b][mask[b]], slots[b], iters, attention)
         torch.testing.assert_close(prediction.elements[b], output[:, :C], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(prediction.mask[b], (output[:, C] + 1).clamp(0, 1), rtol=1e-6, atol=1e-6)
-    assert prediction.trajectory is None
 
 
 def test_a_vector_is_mapped_to_tokens() -> None:
@@ -113,7 +115,7 @@ def test_a_vector_is_mapped_to_tokens() -> None:
 @ATTENTION
 def test_shapes_and_range(mask_clamp: tuple[float, float] | None, batch: int, tokens: int, attention: str) -> None:
     decoder = make(mask_clamp=mask_clamp, attention=attention)
-    elements, mask, trajectory = decoder(100 * torch.randn(batch, tokens, D))
+    elements, mask, trajectory = decoder(100 * torch.randn(batch, tokens, D), record=False)
     assert elements.shape == (batch, N, C)
     assert mask.shape == (batch, N)
     assert elements.isfinite().all()
@@ -167,7 +169,7 @@ def test_absent_tokens_have_no_part(attention: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(alone.elements[0], expected.elements[b], rtol=1e-10, atol=1e-10)
 
 
-@ATTENTION
+@WITHOUT_MESH
 def test_presence_is_a_weight(attention: str) -> None:
     """Two halves of a token are one."""
     decoder, (z, slots) = make(attention=attention, **DOUBLE), draw()
@@ -244,7 +246,7 @@ def test_every_way_to_differentiate_gives_the_same_values(attention: str) -> Non
                 torch.testing.assert_close(one(z, init=slots).elements.clone(), expected.elements)
 
 
-@ATTENTION
+@WITHOUT_MESH
 @pytest.mark.parametrize("mask_clamp", [None, (0.0, 1.0)])
 def test_gradcheck(attention: str, mask_clamp: tuple[float, float] | None) -> None:
     """Of z, slots, the weights of tokens and all parameters."""
@@ -291,6 +293,24 @@ def test_implicit_is_the_derivative_of_one_iteration(attention: str) -> None:
     torch.testing.assert_close(found[:-1], of_one)
 
 
+@DIFFERENTIATE
+def test_records_every_iteration(differentiate: str) -> None:
+    decoder, (z, slots) = make(differentiate=differentiate, **DOUBLE), draw()
+    prediction = decoder(z, init=slots, record=True)
+    elements, mask, *others = prediction.trajectory
+    assert others == [None, None]
+    for t in range(3):
+        short = decoder(z, init=slots, iters=t + 1)
+        torch.testing.assert_close((elements[t], mask[t]), tuple(short[:2]))
+    assert torch.equal(elements[-1], prediction.elements)
+    assert torch.equal(mask[-1], prediction.mask)
+    assert (decoder(z).trajectory is not None) == (differentiate == "unrolled")
+    assert decoder(z, record=False).trajectory is None
+    assert decoder.eval()(z).trajectory is None
+    (of_first,) = torch.autograd.grad(elements[0].sum(), decoder.key.weight)
+    assert bool(of_first.any()) == (differentiate == "unrolled")
+
+
 def test_implicit_keeps_the_memory_of_one_iteration() -> None:
     """Counted are the tensors that the graph keeps."""
 
@@ -312,7 +332,7 @@ def test_implicit_keeps_the_memory_of_one_iteration() -> None:
 
 
 def test_a_second_derivative_exists_but_of_transport() -> None:
-    for attention in ("softmax", "sinkhorn"):
+    for attention in ("softmax", "sinkhorn", "mesh"):
         decoder, (z, slots) = make(attention=attention, iters=2, **DOUBLE), draw(2, 3)
 
         def decode(z: Tensor, decoder: SlotDecoder = decoder, slots: Tensor = slots) -> Tensor:
@@ -458,6 +478,51 @@ def test_a_plan_has_the_derivatives_of_its_iterations(sizes: tuple[int, int]) ->
     torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("sizes", [(7, 4), (3, 5)])
+def test_mesh_steps_against_the_gradient_of_the_entropy(
+    sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("setpred.decoders.slot._MESH_STEPS", 1)
+    n, m = sizes
+    cost = torch.randn(2, *sizes, **DOUBLE).requires_grad_()
+    a, b = torch.randn(2, n, **DOUBLE).softmax(1), torch.randn(2, m, **DOUBLE).softmax(1)
+    (gradient,) = torch.autograd.grad(torch.special.entr(transported(cost, a, b)).sum(), cost)
+    expected = -_MESH_LENGTH * gradient / gradient.flatten(1).norm(dim=1).view(2, 1, 1)
+    torch.testing.assert_close(_sharpening(cost.detach(), a, b), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [5, 60])
+def test_mesh_makes_plans_sharp(tokens: int) -> None:
+    cost = torch.randn(4, tokens, N)
+    a, b = torch.randn(4, tokens).softmax(1), torch.randn(4, N).softmax(1)
+    before, after = (
+        torch.special.entr(entropic_transport(c, a, b, epsilon=1.0, iters=50).plan).sum((1, 2))
+        for c in (cost, cost + _sharpening(cost, a, b))
+    )
+    least = torch.special.entr(a).sum(1)  # of a plan that sends each token to one slot
+    assert (after - least < 0.7 * (before - least)).all()
+
+
+def test_mesh_is_differentiated_with_its_steps_held_constant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("setpred.decoders.slot._TRANSPORT_ITERS", 500)
+    monkeypatch.setattr("setpred.decoders.slot._MESH_LENGTH", 1.0)  # a plan that iterations find exactly
+    decoder, (z, slots) = make(attention="mesh", iters=1, **DOUBLE), draw(2)
+    z.requires_grad_()
+    steps: list[Tensor] = []
+
+    def remembered(*args: Tensor) -> Tensor:
+        steps.append(_sharpening(*args))
+        return steps[-1]
+
+    gradients = []
+    for sharpening in (remembered, lambda *_: steps[0]):
+        monkeypatch.setattr("setpred.decoders.slot._sharpening", sharpening)
+        gradients.append(torch.autograd.grad(decoder(z, init=slots).elements.sin().sum(), z)[0])
+    assert steps[0].any()
+    assert torch.equal(gradients[0], gradients[1])
+    devices.gradcheck(lambda z: decoder(z, init=slots).elements, z)
+
+
 @given(seed=st.integers(0, 10**6), scale=st.sampled_from([1e-3, 1.0, 1e2, 1e4]))
 def test_a_plan_that_is_nearly_an_assignment_has_finite_derivatives(seed: int, scale: float) -> None:
     generator = devices.generator(seed)
@@ -481,7 +546,7 @@ def test_a_plan_that_is_nearly_an_assignment_has_finite_derivatives(seed: int, s
         (ValueError, "`iters` must be at least 1, got 0", {"iters": 0}),
         (TypeError, "`iters` must be an integer, got 2.5", {"iters": 2.5}),
         (ValueError, "`tokens` must be at least 1, got 0", {"tokens": 0}),
-        (ValueError, "`attention` must be one of 'softmax', 'sinkhorn', got 'mesh'", {"attention": "mesh"}),
+        (ValueError, "`attention` must be one of 'softmax', 'sinkhorn', 'mesh', got 'max'", {"attention": "max"}),
         (ValueError, "`differentiate` must be one of 'unrolled', 'implicit', got 'no'", {"differentiate": "no"}),
         (ValueError, "`mask_clamp` must be an increasing pair of numbers or None, got", {"mask_clamp": (1.0, 0.0)}),
         (ValueError, "`scaler` must have as many channels as the elements, 2, got 3", {"scaler": StandardScaler(3)}),
@@ -520,7 +585,7 @@ TOKENS, VECTORS = (lambda: SlotDecoder(D, N, C, H)), (lambda: SlotDecoder(D, N, 
         (
             VECTORS,
             ValueError,
-            "`mask` must be None where `z` is a vector, got one",
+            "`mask` must be None where `z` is a vector of each sample, got one: it is of tokens",
             torch.zeros(3, 6),
             {"mask": torch.ones(3, 5)},
         ),
