@@ -146,8 +146,8 @@ class FromGiven(nn.Module):
         super().__init__()
         self.decoder = SlotDecoder(6, 5, 2, 8, **options)
 
-    def forward(self, z: Tensor, mask: Tensor, slots: Tensor) -> SetPrediction:
-        return self.decoder(z, mask, init=slots)
+    def forward(self, z: Tensor, present: Tensor, slots: Tensor) -> SetPrediction:
+        return self.decoder(z, present, init=slots)
 
 
 def slot_inputs(size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,7 +170,7 @@ def test_onnx_runtime_of_slots(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     for size in BATCHES:
         inputs = slot_inputs(size)
-        actual = session.run(None, {name: x.numpy() for name, x in zip(("z", "mask", "slots"), inputs, strict=True)})
+        actual = session.run(None, {name: x.numpy() for name, x in zip(("z", "present", "slots"), inputs, strict=True)})
         for a, e in zip(actual, flat(model(*inputs)), strict=True):
             torch.testing.assert_close(torch.as_tensor(a), e, rtol=1e-5, atol=1e-5)
 
