@@ -154,7 +154,7 @@ def slot_inputs(size: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(size, 4, 6), torch.rand(size, 4) < 0.7, torch.randn(size, 5, 8)
 
 
-@pytest.mark.parametrize("attention", ["softmax", "sinkhorn"])
+@pytest.mark.parametrize("attention", ["softmax", "sinkhorn", "mesh"])
 def test_program_of_slots(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("setpred.decoders.slot._TRANSPORT_ITERS", 4)  # in a graph they are unrolled
     model = FromGiven(attention=attention, iters=2, differentiate="implicit", scaler=fitted_scaler()).eval()

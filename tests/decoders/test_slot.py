@@ -269,9 +269,10 @@ def test_gradcheck(attention: str, mask_clamp: tuple[float, float] | None) -> No
 
 
 @ATTENTION
-def test_implicit_is_the_derivative_of_one_iteration(attention: str) -> None:
+@pytest.mark.parametrize("iters", [1, 4])
+def test_implicit_is_the_derivative_of_one_iteration(attention: str, iters: int) -> None:
     """With the slots before it held constant, whatever came before."""
-    decoder, (z, slots) = make(attention=attention, differentiate="implicit", iters=4, **DOUBLE), draw()
+    decoder, (z, slots) = make(attention=attention, differentiate="implicit", iters=iters, **DOUBLE), draw()
     plain = SlotDecoder(D, N, C, H, attention=attention, iters=1, **DOUBLE)
     plain.load_state_dict(decoder.state_dict())
     before: list[Tensor] = []
@@ -280,7 +281,7 @@ def test_implicit_is_the_derivative_of_one_iteration(attention: str) -> None:
     slots.requires_grad_()
     prediction = decoder(z, init=slots)
     handle.remove()
-    assert len(before) == 4
+    assert len(before) == iters
     expected = plain(z, init=before[-1])
     assert torch.equal(prediction.elements, expected.elements)
     names = [name for name, p in decoder.named_parameters() if p.requires_grad]
