@@ -6,7 +6,7 @@ A backbone gives a vector, a decoder makes a set of it, a loss compares it with 
 """
 
 from setpred import functional, metrics
-from setpred.decoders import Diagnosis, DSPNDecoder, LSTMDecoder, MLPDecoder, TransformerDecoder
+from setpred.decoders import Diagnosis, DSPNDecoder, LSTMDecoder, MLPDecoder, SlotDecoder, TransformerDecoder
 from setpred.encoders import FSPool, FSUnpool, PooledEncoder, RelationEncoder, SetEncoder
 from setpred.functional import linear_assignment, on_channels, sum_costs
 from setpred.functional.step import GradientDescent, PolyakDescent
@@ -49,6 +49,7 @@ __all__ = [
     "MLPDecoder",
     "LSTMDecoder",
     "TransformerDecoder",
+    "SlotDecoder",
     "HungarianLoss",
     "hungarian_loss",
     "ChamferLoss",

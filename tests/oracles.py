@@ -506,3 +506,41 @@ def top_n(vector: Tensor, n: int, state: Mapping[str, Tensor]) -> Tensor:
         factor, summand = (state["modulation.weight"][:, 0] * cosines[i] + state["modulation.bias"]).chunk(2)
         rows.append(factor * state["points"][i] + summand)
     return torch.stack(rows)
+
+
+def slot_attention(state: dict[str, Tensor], tokens: Tensor, slots: Tensor, iters: int, attention: str) -> Tensor:
+    """Output (N, C + 1) of a SlotDecoder with these parameters, for one sample's tokens (S, D) and slots (N, H)."""
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        scaled = (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt()
+        return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    def mlp(x: Tensor, name: str) -> Tensor:
+        hidden = (state[f"{name}.0.weight"] @ x + state[f"{name}.0.bias"]).clamp(min=0)
+        return state[f"{name}.2.weight"] @ hidden + state[f"{name}.2.bias"]
+
+    def gru(x: Tensor, slot: Tensor) -> Tensor:
+        let_in = (state["gru.weight_ih"] @ x + state["gru.bias_ih"]).chunk(3)
+        kept = (state["gru.weight_hh"] @ slot + state["gru.bias_hh"]).chunk(3)
+        reset, update = (let_in[0] + kept[0]).sigmoid(), (let_in[1] + kept[1]).sigmoid()
+        return (1 - update) * (let_in[2] + reset * kept[2]).tanh() + update * slot
+
+    normed = [norm(x, "norm_tokens") for x in tokens]
+    keys, values = ([state[f"{name}.weight"] @ x for x in normed] for name in ("key", "value"))
+    s, n = range(len(tokens)), range(len(slots))
+    slots = list(slots)
+    for _ in range(iters):
+        found = [norm(slot, "norm_slots") for slot in slots]
+        queries = [state["query.weight"] @ x for x in found]
+        logit = torch.stack([torch.stack([keys[i] @ queries[j] for j in n]) for i in s]) / math.sqrt(len(queries[0]))
+        if attention == "softmax":
+            won = torch.stack([logit[i].exp() / logit[i].exp().sum() for i in s]) + 1e-8
+            share = torch.stack([won[:, j] / won[:, j].sum() for j in n], 1)
+        else:
+            a = torch.stack([(state["token_weight.weight"] @ x).squeeze() for x in normed]).softmax(0)
+            b = torch.stack([(state["slot_weight.weight"] @ x).squeeze() for x in found]).softmax(0)
+            share = len(slots) * entropic_transport(-logit, a, b, 1.0, None)[1]
+        updates = [sum(share[i, j] * values[i] for i in s) for j in n]
+        slots = [gru(updates[j], slots[j]) for j in n]
+        slots = [slot + mlp(norm(slot, "norm_mlp"), "mlp") for slot in slots]
+    return torch.stack([mlp(slot, "output") for slot in slots])

@@ -32,6 +32,7 @@ from setpred import (
     SetPrediction,
     SinkhornLoss,
     SlicedWassersteinLoss,
+    SlotDecoder,
     StandardScaler,
     Trajectory,
     TransformerDecoder,
@@ -105,6 +106,12 @@ def decode(decoder: nn.Module) -> SetPrediction:
     (z,) = inputs((B, D))
     torch.manual_seed(1)  # for random initial sets
     return decoder(z)
+
+
+def decode_tokens(decoder: nn.Module) -> SetPrediction:
+    z, mask = inputs((B, 3, D), (B, 3))
+    torch.manual_seed(1)  # for random slots
+    return decoder(z, mask > 0.3)
 
 
 def charge(loss: nn.Module) -> Tensor:
@@ -188,6 +195,10 @@ def things() -> Iterator[tuple[str, Case]]:
     for queries in ("learned", "random", "top-n"):
         transformer = TransformerDecoder(D, N, C, 8, layers=2, queries=queries, scaler=fitted_scaler())
         yield f"TransformerDecoder:{queries}", Case(transformer, decode)
+    for attention, way in product(("softmax", "sinkhorn", "mesh"), ("unrolled", "implicit")):
+        slots = SlotDecoder(D, N, C, 8, attention=attention, differentiate=way)
+        yield f"SlotDecoder:{attention}, {way}", Case(slots, decode_tokens)
+    yield "SlotDecoder:vectors", Case(SlotDecoder(D, N, C, 8, tokens=3, scaler=fitted_scaler()), decode)
 
     # With presence="feature", the mask is the last channel.
     composed = sum_costs(on_channels("l1", slice(0, 2), weight=5.0), on_channels(cross_entropy_cost, [2, -1]))

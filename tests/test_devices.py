@@ -30,6 +30,7 @@ from setpred import (
     RepresentationLoss,
     SinkhornLoss,
     SlicedWassersteinLoss,
+    SlotDecoder,
     StandardScaler,
     TransformerDecoder,
     functional,
@@ -170,6 +171,14 @@ CASES: dict[str, Case] = {
         for queries in ("learned", "random", "top-n")
     },
     "TransformerDecoder, vector": lambda: called(TransformerDecoder(8, 5, 3, 16, layers=2), torch.randn(2, 8)),
+    **{
+        f"SlotDecoder, {attention}, {way}": lambda attention=attention, way=way: called(
+            SlotDecoder(8, 5, 3, 16, attention=attention, differentiate=way), torch.randn(2, 6, 8), presence(2, 6)
+        )
+        for attention in ("softmax", "sinkhorn", "mesh")
+        for way in ("unrolled", "implicit")
+    },
+    "SlotDecoder, vectors": lambda: called(SlotDecoder(8, 5, 3, 16, tokens=4), torch.randn(2, 8)),
     **{
         f"{name}, {kind}": lambda loss=loss, kind=kind: called(loss(presence=kind), *sets())
         for name, loss in {"HungarianLoss": HungarianLoss, "ChamferLoss": ChamferLoss}.items()

@@ -20,6 +20,7 @@ from setpred import (
     PooledEncoder,
     RelationEncoder,
     SetPrediction,
+    SlotDecoder,
     StandardScaler,
     TransformerDecoder,
 )
@@ -153,6 +154,54 @@ def test_onnx_runtime_of_a_transformer(tmp_path: Path) -> None:
             expected = flat(model(tokens, mask))
         for a, e in zip(session.run(None, {"z": tokens.numpy(), "mask": mask.numpy()}), expected, strict=True):
             torch.testing.assert_close(torch.as_tensor(a), e, rtol=1e-4, atol=1e-4)
+
+
+class FromGiven(nn.Module):
+    """Slots as an input: a graph draws numbers of its own."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.decoder = SlotDecoder(6, 5, 2, 8, **options)
+
+    def forward(self, z: Tensor, present: Tensor, slots: Tensor) -> SetPrediction:
+        return self.decoder(z, present, init=slots)
+
+
+def slot_inputs(size: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(size, 4, 6), torch.rand(size, 4) < 0.7, torch.randn(size, 5, 8)
+
+
+@pytest.mark.parametrize("attention", ["softmax", "sinkhorn", "mesh"])
+def test_program_of_slots(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("setpred.decoders.slot._TRANSPORT_ITERS", 4)  # in a graph they are unrolled
+    model = FromGiven(attention=attention, iters=2, differentiate="implicit", scaler=fitted_scaler()).eval()
+    program = to_program(model, slot_inputs(3)).module()
+    for size in BATCHES:
+        inputs = slot_inputs(size)
+        torch.testing.assert_close(flat(program(*inputs)), flat(model(*inputs)), rtol=1e-5, atol=1e-5)
+
+
+def test_onnx_runtime_of_slots(tmp_path: Path) -> None:
+    model = FromGiven().eval()
+    to_onnx(model, slot_inputs(3), tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for size in BATCHES:
+        inputs = slot_inputs(size)
+        actual = session.run(None, {name: x.numpy() for name, x in zip(("z", "present", "slots"), inputs, strict=True)})
+        for a, e in zip(actual, flat(model(*inputs)), strict=True):
+            torch.testing.assert_close(torch.as_tensor(a), e, rtol=1e-5, atol=1e-5)
+
+
+def test_a_program_draws_slots_for_every_batch_size() -> None:
+    model = SlotDecoder(16, 5, 2, 8, tokens=4).eval()
+    program = to_program(model, torch.randn(3, 16)).module()
+    for size in BATCHES:
+        z = torch.randn(size, 16)
+        torch.manual_seed(0)
+        one, mask = program(z)
+        assert not torch.equal(one, program(z)[0])
+        torch.manual_seed(0)
+        torch.testing.assert_close((one, mask), tuple(model(z)[:2]), rtol=1e-5, atol=1e-5)
 
 
 def test_several_inputs_and_a_trajectory() -> None:

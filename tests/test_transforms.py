@@ -24,6 +24,7 @@ from setpred import (
     PolyakDescent,
     PooledEncoder,
     RelationEncoder,
+    SlotDecoder,
     StandardScaler,
     TransformerDecoder,
     chamfer_loss,
@@ -340,6 +341,15 @@ def of_modules() -> Iterator[tuple[str, Case]]:
         yield name, Case(lambda z, d=decoder: tuple(d(z)), (z,))
     transformer = DECODERS["TransformerDecoder"]()
     yield "TransformerDecoder:tokens", Case(lambda z, m: tuple(transformer(z, m)), (torch.randn(V, B, N, D), mask))
+    tokens, slots, present = normal(B, M, D), normal(B, N, 8), bools(B, M)
+    for attention, way in product(("softmax", "sinkhorn", "mesh"), ("unrolled", "implicit")):
+        decoder = SlotDecoder(D, N, C, 8, attention=attention, differentiate=way, **DOUBLE)
+        yield (
+            f"SlotDecoder:{attention}, {way}",
+            Case(lambda z, m, y, d=decoder: tuple(d(z, m, init=y)), (tokens, present, slots)),
+        )
+    decoder = SlotDecoder(D, N, C, 8, tokens=M, scaler=scaler)
+    yield "SlotDecoder:vectors", Case(lambda z, y, d=decoder: tuple(d(z, init=y)), (z, slots.float()))
     decoder = DECODERS["DSPNDecoder"]()
     yield "DSPNDecoder:init", Case(lambda z, y, m: decoder(z, init=(y, m)), (z, target, mask))
     loss = DSPNLoss(decoder.encoder, HungarianLoss())

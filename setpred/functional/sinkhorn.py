@@ -182,6 +182,47 @@ def _once(x: Tensor) -> Tensor:
     return once
 
 
+def differentiable_plan(cost: Tensor, row_weight: Tensor, col_weight: Tensor, *, epsilon: float, iters: int) -> Tensor:
+    """Plan of :func:`entropic_transport` with its first derivatives, those that it has once converged.
+
+    A second derivative is an error, and NaN in what is compiled. Weights are positive, or 0 with no derivative.
+    """
+    plan = entropic_transport(cost.detach(), row_weight, col_weight, epsilon=epsilon, iters=iters).plan.detach()
+    if is_exporting():
+        return plan
+    cost, row_weight, col_weight = _once(cost), _once(row_weight), _once(col_weight)
+    change = plan_change(
+        plan,
+        (cost.detach() - cost) / epsilon,
+        row_weight - row_weight.detach(),
+        col_weight - col_weight.detach(),
+    )
+    if torch.compiler.is_compiling():  # see transport_of
+        change = change + change.abs().pow(1.5)
+    return plan + change
+
+
+def plan_change(plan: Tensor, by: Tensor, of_rows: Tensor, of_cols: Tensor) -> Tensor:
+    """How a plan changes with -cost / epsilon, and with the sums of its rows and columns, to first order.
+
+    It is plan (by + u + v), of which u, one for each row, and v, for each column, give it these sums. They solve linear
+    equations; u is eliminated, and for v a Laplacian is left: of a graph in which columns are joined by the rows that
+    they share.
+    """
+    rows, cols = plan.sum(2).clamp(min=torch.finfo(plan.dtype).tiny), plan.sum(1)
+    direct, share = plan * by, plan / rows.unsqueeze(2)
+    missing = of_rows - direct.sum(2)
+    target = of_cols - direct.sum(1) - (missing.unsqueeze(1) @ share).squeeze(1)
+    joined = share.mT @ plan
+    joined = joined - joined.diagonal(dim1=1, dim2=2).diag_embed()
+    # What a constant may be added to has one solution by the second term, and columns that share no row by the third.
+    slack = 8 * torch.finfo(plan.dtype).eps
+    laplacian = (joined.sum(2) + slack * cols).diag_embed() - joined + cols.unsqueeze(2) * cols.unsqueeze(1)
+    v: Tensor = torch.linalg.solve_ex(laplacian, target.unsqueeze(2))[0].mT  # (B, 1, M)
+    u = (missing / rows).unsqueeze(2) - share @ v.mT
+    return direct + plan * (u + v)
+
+
 class _Identity(torch.autograd.Function):
     """Identity in the first argument."""
 
@@ -233,7 +274,12 @@ def _soft_min(
     and their sum too.
     """
     least = 0.7 * math.log(torch.finfo(cost.dtype).tiny)
-    torch.mul(cost, -1 / eps.unsqueeze(2), out=kernel).add_((potential / eps + log_weight).unsqueeze(3 - dim))
+    factor = -1 / eps.unsqueeze(2)
+    if is_exporting():  # a graph that is run with gradients takes no `out`
+        kernel.copy_(cost * factor)
+    else:
+        torch.mul(cost, factor, out=kernel)
+    kernel.add_((potential / eps + log_weight).unsqueeze(3 - dim))
     top = kernel.amax(dim, keepdim=True)
     # exp() of what underflows takes ten times as long on the CPU.
     F.threshold(kernel.sub_(top).clamp_(min=least).exp_(), 2 * math.exp(least), 0.0, inplace=True)
