@@ -1,7 +1,7 @@
 """TransformerDecoder: queries become elements by attention to each other and to what is decoded."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -162,13 +162,14 @@ class TransformerDecoder(DirectDecoder):
             absent = weight == 0
             bias = weight.masked_fill(absent, 1).log().masked_fill(absent, -math.inf).to(tokens.dtype)
         elements = self.queries(mean.to(self.norm.weight.dtype), generator)
-        steps: list[Tensor] = []
-        kernels: AbstractContextManager[object] = nullcontext()
-        no_mask = None
-        if not torch.compiler.is_compiling() and in_transform():
-            # Fused attention has neither vmap nor forward mode; a mask keeps `nn.MultiheadAttention` from its own.
-            kernels, no_mask = sdpa_kernel(SDPBackend.MATH), elements.new_zeros(self.set_size, self.set_size)
-        with kernels:
+        transformed = not torch.compiler.is_compiling() and in_transform()
+        # Without gradients, `nn.MultiheadAttention` has a kernel of its own, which neither vmap nor torch.compile of
+        # PyTorch 2.7 knows; a mask keeps it from that.
+        aside = transformed or (torch.compiler.is_compiling() and not torch.is_grad_enabled())
+        no_mask = elements.new_zeros(self.set_size, self.set_size) if aside else None
+        steps = []
+        # Fused attention has neither vmap nor forward mode.
+        with sdpa_kernel(SDPBackend.MATH) if transformed else nullcontext():
             for layer in self.layers:
                 elements = layer(elements, tokens, no_mask, memory_key_padding_mask=bias)
                 steps.append(elements)
