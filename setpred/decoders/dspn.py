@@ -34,7 +34,7 @@ from setpred.losses.dspn import SetLoss
 from setpred.scaler import StandardScaler, check_scaler, scaled, unscaled
 from setpred.sets import SetPrediction, Trajectory
 
-Init = Tensor | tuple[Tensor, Tensor]
+Init = Tensor | tuple[Tensor, Tensor] | SetPrediction
 _Parts = tuple[Tensor, ...]  # elements, and mask if one is carried
 _LR = PolyakDescent()
 Project = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -84,8 +84,9 @@ class DSPNDecoder(nn.Module):
             batch normalisation's statistics, it counts twice.
         init: :math:`Y_0`: ``"learned"`` (one parameter, uniform in [0, 1]), ``"random"`` (0.1 times standard normal,
             drawn at each call: an encoder that is trained from many starts decodes from any), or a module from z to
-            elements ``(B, N, C)``, or to elements and mask ``(B, N)``. Masks start at 0.5 unless the module gives them.
-            Other sets than the learned one are carried in the dtype of the encoder's parameters, if it has any.
+            elements ``(B, N, C)``, or to elements and mask ``(B, N)``, or to a :class:`setpred.SetPrediction`, as
+            another decoder, whose sets are then refined. Masks start at 0.5 unless the module gives them. Other
+            sets than the learned one are carried in the dtype of the encoder's parameters, if it has any.
         starts: Number of descents K, of which each sample keeps the one with the least representation loss at its end;
             the first is from :math:`Y_0`, the others from random sets, as ``"random"`` draws them. They run side by
             side; in eager mode with ``tol``, one after the other, for the samples whose loss is above it.
@@ -290,7 +291,8 @@ class DSPNDecoder(nn.Module):
         Args:
             z: Target representations, shape ``(B, D)``.
             iters: Number of steps, by default the decoder's in its mode.
-            init: Initial elements ``(B, N, C)``, or elements and mask ``(B, N)``, in place of the decoder's own.
+            init: Initial elements ``(B, N, C)``, or elements and mask ``(B, N)``, or a prediction, in place of the
+                decoder's own.
             starts: Number of descents for each sample, by default the decoder's.
             record: Whether to keep the trajectory; by default in training mode with ``"unrolled"`` only.
             generator: Source of random initial sets.
@@ -346,6 +348,8 @@ class DSPNDecoder(nn.Module):
                 given = self.init(z)
             else:
                 given = _random_elements(shape, z if dtype is None else z.to(dtype), generator)
+        if isinstance(given, SetPrediction):
+            given = given.elements if self.mask_clamp is None else given[:2]
         elements, mask = given if isinstance(given, tuple) else (given, None)
         check_shape("init elements", elements, *shape)
         check_mask("init mask", mask, shape[:2])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from setpred import DSPNDecoder, GradientDescent, PolyakDescent, PooledEncoder, SetPrediction
+from setpred import DSPNDecoder, GradientDescent, MLPDecoder, PolyakDescent, PooledEncoder, SetPrediction
 from tests import devices, oracles
 from tests.rules import paper_decoder, with_rule
 
@@ -276,6 +276,20 @@ def test_without_a_mask_the_encoder_gets_none_and_the_prediction_ones() -> None:
     assert torch.equal(trajectory.mask, torch.ones(4, 2, N))
     assert elements.requires_grad
     assert not mask.requires_grad
+
+
+@pytest.mark.parametrize("mask_clamp", [None, (0.0, 1.0)])
+def test_prediction_of_another_decoder_is_a_start(mask_clamp: tuple[float, float] | None) -> None:
+    first = MLPDecoder(D, N, C, 8, mask_clamp=mask_clamp, dtype=torch.float64)
+    decoder, z = make_decoder(init=first, mask_clamp=mask_clamp), make_z()
+    prediction = first(z)
+    assert_close(decoder(z).trajectory.elements[0], prediction.elements)
+    assert_close(decoder(z).trajectory.mask[0], prediction.mask)
+    given = prediction.elements if mask_clamp is None else prediction[:2]
+    plain = make_decoder(mask_clamp=mask_clamp)
+    plain.encoder = decoder.encoder
+    assert_close(decoder(z), plain(z, init=given))
+    assert_close(plain(z, init=prediction), plain(z, init=given))
 
 
 @pytest.mark.parametrize("mask_clamp", [(0.0, 1.0), (0.25, 0.75), None])
