@@ -69,7 +69,8 @@ def to_onnx(
 
     What is said of :func:`to_program` holds here too. Inputs are named as in the model's ``forward``; outputs by their
     place in what it returns: ``elements`` and ``mask`` for a :class:`setpred.SetPrediction`, ``output`` for a tensor,
-    ``output_0``, ``output_1_mask``, ... inside of a tuple.
+    ``output_0``, ``output_1_mask``, ... inside of a tuple; and ``output_elements`` where an input has the name
+    ``elements``.
 
     Args:
         model: A whole network or a decoder, in evaluation mode.
@@ -137,7 +138,9 @@ def _program(
     for parameter in inspect.signature(model.forward).parameters.values():
         several = parameter.kind is parameter.VAR_POSITIONAL
         names += [f"{parameter.name}_{i}" for i in range(len(inputs))] if several else [parameter.name]
-    return program, names[: len(inputs)], outputs
+    names = names[: len(inputs)]
+    # No two values of an ONNX graph have one name.
+    return program, names, [f"output_{name}" if name in names else name for name in outputs]
 
 
 def _checked(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
