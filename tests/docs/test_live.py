@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from setpred import linear_assignment
 from tests.browser import CHROMIUM, Page, browser, serve
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -123,8 +124,16 @@ def test_the_page_decodes_as_pytorch_does(running: Page) -> None:
     now = state(running)
     assert now["shown"] == 40
     assert_is_what_pytorch_computes(now)
-    shown = running.evaluate("[...document.querySelectorAll('#live-decoder output')].map((x) => x.textContent)")
-    assert all(text.startswith("points off by 0.0") for text in shown), shown
+    verdicts = running.evaluate("[...document.querySelectorAll('#live-decoder output')].map((x) => x.textContent)")
+    for verdict, shown in zip(verdicts, (now["frames"][40], now["mlp"]), strict=True):
+        mask = torch.tensor(shown["mask"]) > 0.5
+        if mask.sum() != len(now["points"]):
+            assert verdict == f"{mask.sum()} points instead of {len(now['points'])}"
+            continue
+        found, points = torch.tensor(shown["elements"]).view(-1, 2)[mask], torch.tensor(now["points"])
+        cost = torch.cdist(found, points).unsqueeze(0)
+        off = cost.gather(2, linear_assignment(cost).unsqueeze(2)).mean().item()
+        assert float(verdict.removeprefix("points off by ")) == pytest.approx(off, abs=6e-4)
 
 
 def test_a_point_is_dragged_and_decoded_anew(running: Page) -> None:

@@ -39,7 +39,7 @@
     console.error(error);
     document.getElementById("live-why").textContent = location.protocol === "file:"
       ? "Browsers run WebAssembly only from a server: python -m http.server in this folder, then open the page from there."
-      : `The runtime could not be loaded (${error.message}), so here is a film of it.`;
+      : `The runtime could not be loaded (${error.message}), so here is a film.`;
     return;
   }
   root.hidden = false;
@@ -233,7 +233,9 @@
   for (const [name, action] of Object.entries(actions)) control(name).addEventListener("click", action);
   slider.addEventListener("input", () => { pause(); show(Number(slider.value)); });
 
-  root.state = () => ({ points, start, shown, frames, mlp, busy }); // for tests/docs/test_live.py
+  root.state = () => ({ // for tests/docs/test_live.py
+    points, start, shown, mlp, busy, frames: frames.map(({ elements, mask, loss }) => ({ elements, mask, loss })),
+  });
   if (matchMedia("(prefers-reduced-motion: reduce)").matches) show(STEPS);
   else { await update(); play(); }
 })();
