@@ -33,7 +33,7 @@ SHA256 = {
     "ort-wasm-simd-threaded.wasm": "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
 }
 POINTS, LATENT, HIDDEN = 8, 64, 64
-STEPS = {"dspn": 2500, "mlp": 40000}  # about the same time
+STEPS = {"dspn": 2500, "mlp": 40000}  # the MLP for more than twice the time
 
 
 class Autoencoder(nn.Module):
