@@ -75,7 +75,7 @@ class Page:
     def wait(self, condition: str, seconds: float = 60) -> None:
         """Wait until an expression of JavaScript is true."""
         end = time.monotonic() + seconds
-        while not self.evaluate(condition):
+        while not self.evaluate(f"Boolean({condition})"):
             if time.monotonic() > end:
                 raise TimeoutError(f"not true in {seconds} s: {condition}")
             time.sleep(0.1)
