@@ -1,4 +1,7 @@
-"""Sphinx configuration. Builds without network: python -m sphinx -W -n -b html docs docs/_build."""
+"""Sphinx configuration. Builds without network: python -m sphinx -W -n -b html docs docs/_build.
+
+Without npm's registry or its cache, the page "Live" shows a film instead of decoding by itself.
+"""
 
 import importlib
 import importlib.util
@@ -17,7 +20,7 @@ from sphinx.pycode import ModuleAnalyzer
 import setpred
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))  # animation.py
+sys.path.insert(0, str(HERE))  # animation.py, live.py
 
 project = "setpred"
 author = "The setpred authors"
@@ -44,6 +47,7 @@ html_theme = "furo"
 html_title = f"setpred {release}"
 html_static_path = ["_static"]
 html_css_files = ["setpred.css"]
+html_favicon = "_static/favicon.svg"
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#3355bb", "color-brand-content": "#3355bb"},
     "dark_css_variables": {"color-brand-primary": "#8fabff", "color-brand-content": "#8fabff"},
@@ -58,6 +62,7 @@ copybutton_prompt_is_regexp = True
 
 autosummary_generate = True
 autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True  # as they are written: a function has no address
 autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 # Of an overloaded function, the one signature that lists every argument.
@@ -209,8 +214,16 @@ def make_animation(app: Sphinx) -> None:
     animation.render(HERE / "_static", only_if_older=True)
 
 
+def make_live(app: Sphinx) -> None:
+    """Export the networks of the page "Live", and put ONNX Runtime Web beside them, if they are not there."""
+    import live
+
+    live.render(only_if_older=True)
+
+
 def setup(app: Sphinx) -> None:
     """Connect the hooks above."""
     app.connect("missing-reference", resolve_by_identity)
     app.connect("autodoc-skip-member", skip_member)
     app.connect("builder-inited", make_animation)
+    app.connect("builder-inited", make_live)

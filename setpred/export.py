@@ -138,6 +138,7 @@ def _program(
         several = parameter.kind is parameter.VAR_POSITIONAL
         names += [f"{parameter.name}_{i}" for i in range(len(inputs))] if several else [parameter.name]
     names = names[: len(inputs)]
+    # No two values of an ONNX graph have one name.
     return program, names, [f"output_{name}" if name in names else name for name in outputs]
 
 

@@ -165,7 +165,7 @@ def test_arguments_are_documented(module: ModuleType, name: str) -> None:
     if not hasattr(value, "forward"):
         return
     document, of_function = inspect.getdoc(value), []
-    if over := re.match(r"Module form of :func:`(\w+)`", document):
+    if over := re.search(r"Its options are those of :func:`(\w+)`", document):
         of_function = documented(getattr(setpred, over[1]))
         assert of_function
     own = documented(value)

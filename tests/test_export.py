@@ -221,6 +221,30 @@ def test_several_inputs_and_a_trajectory() -> None:
         torch.testing.assert_close(a, e)
 
 
+class Reconstruction(nn.Module):
+    """Sets in, sets out: input and output would have one name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = PooledEncoder(2, 16, 16), MLPDecoder(16, 5, 2, 16)
+
+    def forward(self, elements: Tensor, mask: Tensor) -> SetPrediction:
+        return self.decoder(self.encoder(elements, mask))
+
+
+def test_outputs_are_not_named_as_inputs(tmp_path: Path) -> None:
+    model, path = Reconstruction().eval(), tmp_path / "model.onnx"
+    elements, mask = torch.randn(3, 5, 2), torch.rand(3, 5)
+    to_onnx(model, (elements, mask), path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert [x.name for x in session.get_inputs()] == ["elements", "mask"]
+    assert [x.name for x in session.get_outputs()] == ["output_elements", "output_mask"]
+    actual = session.run(None, {"elements": elements.numpy(), "mask": mask.numpy()})
+    with torch.no_grad():
+        for a, e in zip(actual, flat(model(elements, mask)), strict=True):
+            torch.testing.assert_close(torch.as_tensor(a), e, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # PyTorch 2.10's own
 def test_a_saved_program_is_the_same_and_has_the_models_parameters() -> None:
     model = decoder("paper", scaler=fitted_scaler())

@@ -63,7 +63,7 @@ class DSPNDecoder(nn.Module):
     Args:
         encoder: Set encoder H, called as ``encoder(elements, mask)``; see :class:`setpred.SetEncoder`.
         iters: Number of inner steps T.
-        lr: How a step is taken: the factor :math:`\eta` on the gradient, or a rule such as
+        lr: How a step is taken: the inner learning rate :math:`\eta`, a factor on the gradient, or a rule such as
             :class:`setpred.GradientDescent`, with momentum and clipping, or :class:`setpred.PolyakDescent`, which sizes
             itself.
         mask_clamp: Range of the mask; None carries no mask (sets of fixed size) and calls ``encoder(elements, None)``.

@@ -87,7 +87,7 @@ class GradientDescent:
         y_{t+1} &= y_t - \eta\, v_{t+1} \quad\text{or, with Nesterov,}\quad y_t - \eta\,(g_t + \mu v_{t+1})
 
     Args:
-        lr: Factor :math:`\eta` on the gradient.
+        lr: Learning rate :math:`\eta`, the factor on the gradient.
         momentum: Factor :math:`\mu` on the velocity.
         nesterov: Whether to look ahead along the velocity; needs a momentum.
         grad_clip: Largest norm of a sample's gradient, over all its tensors together.

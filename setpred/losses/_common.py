@@ -110,7 +110,7 @@ class ScaledLoss(nn.Module):
 
 
 class SetLoss(ScaledLoss):
-    """Module form of a set loss. Its fields are the function's options and a scaler: see :func:`with_options`."""
+    """A set loss as a module. Its fields are the function's options and a scaler: see :func:`with_options`."""
 
     _names: tuple[str, ...]
 

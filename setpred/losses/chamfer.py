@@ -241,9 +241,10 @@ def _chosen(of_target: Tensor, charged: Tensor | None, rows: int) -> Tensor:
 
 @with_options
 class ChamferLoss(SetLoss):
-    """Module form of :func:`chamfer_loss`, whose options it takes.
+    """Mean cost to the nearest neighbour in the other set, from both sides, as a module.
 
-    A cost that is an ``nn.Module`` is registered, so that its parameters move and train with the loss.
+    Its options are those of :func:`chamfer_loss`. A cost that is an ``nn.Module`` is registered,
+    so that its parameters move and train with the loss.
 
     Args:
         scaler: Where given, elements of both sides are measured in its coordinates, by costs of your own too; see

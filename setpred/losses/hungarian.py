@@ -250,9 +250,10 @@ def _check_options(
 
 @with_options
 class HungarianLoss(SetLoss):
-    """Module form of :func:`hungarian_loss`, whose options it takes.
+    """Least mean cost of matching predicted and target elements one to one, as a module.
 
-    A cost that is an ``nn.Module`` is registered, so that its parameters move and train with the loss.
+    Its options are those of :func:`hungarian_loss`. A cost that is an ``nn.Module`` is registered,
+    so that its parameters move and train with the loss.
 
     Args:
         scaler: Where given, elements of both sides are measured in its coordinates, by costs of your own too; see

@@ -48,7 +48,9 @@ def representation_loss(
 
 
 class RepresentationLoss(nn.Module):
-    """Module form of :func:`representation_loss`.
+    """Distance between encoded sets and their target vectors, as a module.
+
+    Its options are those of :func:`representation_loss`.
 
     Args:
         kind: ``"huber"`` or ``"mse"``.

@@ -212,9 +212,10 @@ def _check_options(
 
 @with_options
 class SinkhornLoss(SetLoss):
-    """Module form of :func:`sinkhorn_loss`, whose options it takes.
+    """Sinkhorn divergence between two sets, as a module.
 
-    A cost that is an ``nn.Module`` is registered, so that its parameters move and train with the loss.
+    Its options are those of :func:`sinkhorn_loss`. A cost that is an ``nn.Module`` is registered,
+    so that its parameters move and train with the loss.
 
     Args:
         scaler: Where given, elements of both sides are measured in its coordinates, by costs of your own too; see

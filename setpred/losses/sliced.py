@@ -133,7 +133,9 @@ def _check_options(directions: int | Tensor, power: float, presence: object, red
 
 @with_options
 class SlicedWassersteinLoss(SetLoss):
-    """Module form of :func:`sliced_wasserstein_loss`, whose options it takes.
+    """Mean over directions of the transport between two sets' projections, as a module.
+
+    Its options are those of :func:`sliced_wasserstein_loss`.
 
     Args:
         scaler: Where given, elements of both sides are measured in its coordinates; see
