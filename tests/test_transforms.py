@@ -315,10 +315,11 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
 def of_modules() -> Iterator[tuple[str, Case]]:
     x, mask, hard = torch.randn(V, B, N, C), torch.rand(V, B, N), bools(B, N)
     for name, make in ENCODERS.items():
-        for pool in ("fspool", "sum", "mean", "max", FSPool(D, relaxed=0.5)):
-            yield f"{name}:{pool}", Case(make(pool=pool), (x, mask))
+        attends = name == "AttentionEncoder"
+        for way in (None, 2) if attends else ("fspool", "sum", "mean", "max", FSPool(D, relaxed=0.5)):
+            yield f"{name}:{way}", Case(make(**{"inducing_points" if attends else "pool": way}), (x, mask))
         yield f"{name}:no mask", Case(make(), (x,))
-        options = {"inducing_points": 2} if name == "AttentionEncoder" else {"size_feature": True}
+        options = {} if attends else {"size_feature": True}
         yield f"{name}:hard", Case(make(**options), (x, hard))
         yield f"{name}:double", Case(make(**DOUBLE), (x.double(), mask.double()))
     pool, relaxed, unpool = FSPool(C), FSPool(C, relaxed=0.5), FSUnpool(C)

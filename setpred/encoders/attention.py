@@ -214,7 +214,7 @@ class _Attention(nn.Module):
             return rows.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
         query, key, value = _bounded(by_head(self.query(x))), _bounded(by_head(self.key(y))), by_head(self.value(y))
-        presence = presence.view(len(presence), 1, 1, -1)
+        presence = presence[:, None, None]
         logits = query @ key.mT * (query.shape[-1] ** -0.5 * presence)
         shift = logits.detach().amax(-1, keepdim=True).clamp(min=0)  # changes no weight, only what exp() can hold
         weights = presence * (logits - shift).exp()

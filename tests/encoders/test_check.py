@@ -63,6 +63,8 @@ class Summed(nn.Module):
             x = x * elements.square().sum(-1, keepdim=True).sqrt()
         if fault == "once":
             x = Once.apply(x)
+        if fault == "refused":
+            x = NotTwice.apply(x)
         if fault == "first only":
             x = FirstOnly.apply(x)
         vector = self.outer(x.sum(1) / elements.shape[1] ** 0.5)
@@ -89,6 +91,27 @@ class Once(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return 2 * ctx.saved_tensors[0] * grad
+
+
+class NotTwice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return Product.apply(2 * ctx.saved_tensors[0], grad)
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grad: Tensor) -> Tensor:
+        return x * grad
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError("not twice")
 
 
 class FirstOnly(torch.autograd.Function):
@@ -125,7 +148,8 @@ FAULTS = {
     "detached": "no gradient with respect to the elements",
     "partly detached": "Its gradient is wrong",
     "no grad": "It is not differentiable",
-    "once": "It has no second derivative",
+    "once": "second derivative with respect to the elements is wrong",
+    "refused": "It has no second derivative: RuntimeError: not twice",
     "first only": "second derivative with respect to the elements is wrong",
     "flat": "the descent will hardly move",
     "steep": "the descent will be unstable",
