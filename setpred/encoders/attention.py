@@ -2,6 +2,8 @@
 
 from __future__ import annotations  # torch.compile cannot evaluate the annotations of nested functions
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -89,7 +91,7 @@ class AttentionEncoder(nn.Module):
         if hidden_channels % heads != 0:
             raise ValueError(f"`hidden_channels` must be a multiple of `heads`, {heads}, got {hidden_channels}")
         self.in_channels, self.out_channels, self.inducing_points = in_channels, out_channels, inducing_points
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.embed = nn.Linear(in_channels + 1, hidden_channels, **options)
         self.layers = nn.ModuleList(
             _SelfAttention(hidden_channels, heads, inducing_points, BRANCH * layers**-0.5, **options)
@@ -211,7 +213,7 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, presence: Tensor) -> Tensor:
         def by_head(rows: Tensor) -> Tensor:
-            return rows.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            return rows.view(*rows.shape[:2], self.heads, rows.shape[-1] // self.heads).transpose(1, 2)
 
         query, key, value = _bounded(by_head(self.query(x))), _bounded(by_head(self.key(y))), by_head(self.value(y))
         presence = presence[:, None, None]

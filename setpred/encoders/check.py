@@ -130,7 +130,7 @@ class _Check(NamedTuple):
         size = vector.shape[1]
         if not bool(vector.isfinite().all()):
             return self._end(["Its vector is not finite for standard normal elements."], size)
-        if not all(torch.equal(a, b) for a, b in zip(before, (x, m), strict=False)):
+        if not all(b is None or torch.equal(a, b) for a, b in zip(before, (x, m), strict=False)):
             return self._end(["It changes its input in place: the descent needs it again. Compute a new tensor."], size)
         if not _close(again, vector):
             return self._end(
