@@ -7,7 +7,16 @@ A backbone gives a vector, a decoder makes a set of it, a loss compares it with 
 
 from setpred import functional, metrics
 from setpred.decoders import Diagnosis, DSPNDecoder, LSTMDecoder, MLPDecoder, SlotDecoder, TransformerDecoder
-from setpred.encoders import FSPool, FSUnpool, PooledEncoder, RelationEncoder, SetEncoder
+from setpred.encoders import (
+    AttentionEncoder,
+    EncoderCheck,
+    FSPool,
+    FSUnpool,
+    PooledEncoder,
+    RelationEncoder,
+    SetEncoder,
+    check_encoder,
+)
 from setpred.functional import linear_assignment, on_channels, sum_costs
 from setpred.functional.step import GradientDescent, PolyakDescent
 from setpred.losses import (
@@ -42,6 +51,9 @@ __all__ = [
     "FSUnpool",
     "PooledEncoder",
     "RelationEncoder",
+    "AttentionEncoder",
+    "check_encoder",
+    "EncoderCheck",
     "DSPNDecoder",
     "Diagnosis",
     "GradientDescent",

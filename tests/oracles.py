@@ -3,9 +3,12 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from setpred import AttentionEncoder
 
 
 def piecewise_linear(knots: Tensor, r: float | Tensor) -> Tensor:
@@ -141,6 +144,40 @@ def idspn_encoder(set_: Tensor, layers: Sequence[tuple[Tensor, Tensor]], weight:
         ranked = [sorted(feature) for feature in rows.T]
         sums = [sum(w * x for w, x in zip(*pair, strict=True)) for pair in zip(weight.T, ranked, strict=True)]
         vectors.append(torch.stack(sums))
+    return torch.stack(vectors)
+
+
+def attention_encoder(encoder: AttentionEncoder, elements: Tensor, mask: Tensor) -> Tensor:
+    """Sums over elements, one by one, as the docstring of AttentionEncoder has them."""
+
+    def attend(block: Any, query: Tensor, rows: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+        def bounded(x: Tensor) -> Tensor:
+            return x / torch.sqrt(1 + x.square().sum() / len(x))
+
+        heads = []
+        for h in range(block.heads):
+            q = bounded(block.query(query).chunk(block.heads)[h])
+            above, below = 0, 1
+            for row, m in zip(rows, masks, strict=True):
+                logit = q @ bounded(block.key(row).chunk(block.heads)[h]) / len(q) ** 0.5
+                above = above + m * torch.exp(m * logit) * block.value(row).chunk(block.heads)[h]
+                below = below + m * torch.exp(m * logit)
+            heads.append(above / below)
+        x = query + block.out(torch.cat(heads))
+        return x + block.feed(x).relu()
+
+    vectors = []
+    for members, presence in zip(elements, mask, strict=True):
+        rows = [encoder.embed(torch.cat([y, m.view(1)])) for y, m in zip(members, presence, strict=True)]
+        for layer in encoder.layers:
+            if layer.points is None:
+                rows = [attend(layer.spread, row, rows, presence) for row in rows]
+            else:
+                points = [attend(layer.gather, point, rows, presence) for point in layer.points]
+                rows = [attend(layer.spread, row, points, torch.ones(len(points))) for row in rows]
+        rows = [encoder.feed(row).relu() for row in rows]
+        pooled = attend(encoder.pool, encoder.seed[0], rows, presence)
+        vectors.append(encoder.out(torch.sqrt(1 + presence.sum()) * pooled))
     return torch.stack(vectors)
 
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import setpred
 from setpred import (
+    AttentionEncoder,
     ChamferLoss,
     DSPNDecoder,
     DSPNLoss,
@@ -36,6 +37,7 @@ from setpred import (
     StandardScaler,
     Trajectory,
     TransformerDecoder,
+    check_encoder,
     functional,
     hungarian_loss,
     metrics,
@@ -166,6 +168,9 @@ def things() -> Iterator[tuple[str, Case]]:
         ("fspool", "sum", "mean", "max", FSPool(D - 1, relaxed=0.5)),
     ):
         yield f"{name}:{pooling}", Case(encoder(C, D, 8, pool=pooling, size_feature=True), encode)
+    for points in (None, 3):
+        yield f"AttentionEncoder:{points}", Case(AttentionEncoder(C, D, 8, inducing_points=points), encode)
+    yield "EncoderCheck", Case(check_encoder(PooledEncoder(C, D, 8), C))
     yield "FSPool", Case(FSPool(C, 7), pool)
     yield "FSPool:relaxed", Case(FSPool(C, relaxed=0.3), pool)
     yield "FSUnpool", Case(FSUnpool(C), unpool)

@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 
 import setpred
 from setpred import (
+    AttentionEncoder,
     ChamferLoss,
     DSPNDecoder,
     DSPNLoss,
@@ -148,6 +149,10 @@ CASES: dict[str, Case] = {
     "PooledEncoder, size": encoder(PooledEncoder, "fspool", size_feature=True),
     "PooledEncoder, no mask": lambda: called(PooledEncoder(3, 8, 16, size_feature=True), torch.rand(2, 5, 3)),
     "RelationEncoder": encoder(RelationEncoder, "fspool", size_feature=True),
+    "AttentionEncoder": lambda: called(AttentionEncoder(3, 8, 16), torch.rand(2, 5, 3), torch.rand(2, 5)),
+    "AttentionEncoder, points": lambda: called(
+        AttentionEncoder(3, 8, 16, inducing_points=2), torch.rand(2, 5, 3), presence(2, 5)
+    ),
     "DSPNDecoder, paper": dspn(),
     "DSPNDecoder, idspn": dspn("idspn"),
     "DSPNDecoder, no mask": dspn(mask_clamp=None),
@@ -312,6 +317,8 @@ def test_every_public_name_is_here() -> None:
         "SetPrediction",
         "Trajectory",
         "Diagnosis",
+        "EncoderCheck",
+        "check_encoder",  # it looks at values, of a module and of sets of its own
         "SetEncoder",
         "Transport",
         "Descent",

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import setpred
 from setpred import (
+    AttentionEncoder,
     DSPNDecoder,
     DSPNLoss,
     FSPool,
@@ -283,6 +284,7 @@ def fitted_scaler() -> StandardScaler:
 ENCODERS = {
     "PooledEncoder": lambda **options: PooledEncoder(C, D, 8, **options),
     "RelationEncoder": lambda **options: RelationEncoder(C, D, 8, **options),
+    "AttentionEncoder": lambda **options: AttentionEncoder(C, D, 8, **options),
 }
 DECODERS: dict[str, Callable[[], nn.Module]] = {
     "DSPNDecoder": lambda: DSPNDecoder.paper(PooledEncoder(C, D, 8), set_size=N, channels=C, iters=3, lr=1.0),
@@ -317,10 +319,12 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
 def of_modules() -> Iterator[tuple[str, Case]]:
     x, mask, hard = torch.randn(V, B, N, C), torch.rand(V, B, N), bools(B, N)
     for name, make in ENCODERS.items():
-        for pool in ("fspool", "sum", "mean", "max", FSPool(D, relaxed=0.5)):
-            yield f"{name}:{pool}", Case(make(pool=pool), (x, mask))
+        attends = name == "AttentionEncoder"
+        for way in (None, 2) if attends else ("fspool", "sum", "mean", "max", FSPool(D, relaxed=0.5)):
+            yield f"{name}:{way}", Case(make(**{"inducing_points" if attends else "pool": way}), (x, mask))
         yield f"{name}:no mask", Case(make(), (x,))
-        yield f"{name}:hard", Case(make(size_feature=True), (x, hard))
+        options = {} if attends else {"size_feature": True}
+        yield f"{name}:hard", Case(make(**options), (x, hard))
         yield f"{name}:double", Case(make(**DOUBLE), (x.double(), mask.double()))
     pool, relaxed, unpool = FSPool(C), FSPool(C, relaxed=0.5), FSUnpool(C)
     for name, m in (("no mask", ()), ("hard", (hard,)), ("soft", (mask,))):
@@ -368,7 +372,17 @@ forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecat
 
 def test_nothing_public_is_forgotten() -> None:
     public = {*setpred.__all__, *functional.__all__, *metrics.__all__} - {"functional", "metrics"}
-    types = {"SetPrediction", "Trajectory", "Diagnosis", "SetEncoder", "Transport", "Descent", "StepRule", "Gradient"}
+    types = {
+        "SetPrediction",
+        "Trajectory",
+        "Diagnosis",
+        "EncoderCheck",
+        "SetEncoder",
+        "Transport",
+        "Descent",
+        "StepRule",
+        "Gradient",
+    }
     functions_as_modules = {
         "HungarianLoss",
         "ChamferLoss",
@@ -376,7 +390,7 @@ def test_nothing_public_is_forgotten() -> None:
         "SlicedWassersteinLoss",
         "RepresentationLoss",
     }
-    refused = {"unpad_sets", "matched_pairs", "LSTMDecoder"}
+    refused = {"unpad_sets", "matched_pairs", "LSTMDecoder", "check_encoder"}
     refused |= {"AveragePrecision", "CocoAveragePrecision", "average_precision"}
     assert {name.split(":")[0] for name in CASES} == public - types - functions_as_modules - refused
 

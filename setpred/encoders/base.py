@@ -30,8 +30,8 @@ class SetEncoder(Protocol):
     An encoder may know its own gradient, which saves decoders PyTorch's autograd: a method ``vjp(elements, mask)`` that
     returns the vectors and, as `torch.func.vjp` does, a function from the gradient with respect to these, ``(B, D)``,
     to those with respect to elements and mask (None where there is no mask); or None in place of both where it does
-    not know. Both must be differentiable. Those of this library have it. Where a subclass has another ``forward`` or
-    ``__call__``, the inherited ``vjp`` is not used.
+    not know. Both must be differentiable. PooledEncoder and RelationEncoder have it. Where a subclass has another
+    ``forward`` or ``__call__``, the inherited ``vjp`` is not used.
 
     Example:
         >>> def mean_encoder(elements, mask):
@@ -100,6 +100,19 @@ def are_unhooked(*modules: nn.Module) -> bool:
     return not sum(map(len, hooks))  # PyTorch 2.7 does not compile any() here
 
 
+def joined(elements: Tensor, mask: Tensor | None, channels: int) -> tuple[Tensor, Tensor]:
+    """Check elements (B, N, channels) and their mask; return elements with the mask as a feature, and the mask."""
+    check_shape("elements", elements, "B", "N", channels)
+    batch, size, _ = elements.shape
+    if size == 0:
+        raise ValueError(
+            f"`elements` must have at least one row; an empty set is rows of mask 0, got shape {tuple(elements.shape)}"
+        )
+    check_mask("mask", mask, (batch, size))
+    presence = elements.new_ones(batch, size) if mask is None else mask.to(elements.dtype)
+    return torch.cat([elements, presence.unsqueeze(-1)], -1), presence
+
+
 class EncoderBase(nn.Module):
     """What PooledEncoder and RelationEncoder share: checks, the mask as a feature, pool, scaling, the size feature.
 
@@ -160,23 +173,10 @@ class EncoderBase(nn.Module):
             ValueError: If a shape is wrong.
             TypeError: If a dtype is wrong.
         """
-        x, presence = self._joined(elements, mask)
+        x, presence = joined(elements, mask, self.in_channels)
         rows = self._rows(x)
         vector: Tensor = self.pool(rows.movedim(0, -1))
         return self._finished(vector, presence, rows.shape[-1])
-
-    def _joined(self, elements: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Elements with their mask as a feature, and the mask."""
-        check_shape("elements", elements, "B", "N", self.in_channels)
-        batch, size, _ = elements.shape
-        if size == 0:
-            raise ValueError(
-                "`elements` must have at least one row; an empty set is rows of mask 0, got shape "
-                f"{tuple(elements.shape)}"
-            )
-        check_mask("mask", mask, (batch, size))
-        presence = elements.new_ones(batch, size) if mask is None else mask.to(elements.dtype)
-        return torch.cat([elements, presence.unsqueeze(-1)], -1), presence
 
     def _finished(self, vector: Tensor, presence: Tensor, rows: int) -> Tensor:
         """Scale what came of the pool, and add the size."""
@@ -204,7 +204,7 @@ class EncoderBase(nn.Module):
 
     def _vjp(self, elements: Tensor, mask: Tensor | None) -> tuple[Tensor, Pull]:
         """What a subclass returns from ``vjp`` if its layers are plain and the pool is the library's."""
-        x, presence = self._joined(elements, mask)
+        x, presence = joined(elements, mask, self.in_channels)
         size = presence.shape[1]
         rows, rows_pull = self._rows_vjp(x)
         assert isinstance(self.pool, Pool)

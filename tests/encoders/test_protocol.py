@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from itertools import product
 from typing import Any
 
 import pytest
@@ -9,23 +10,30 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from setpred import FSPool, PooledEncoder, RelationEncoder, SetEncoder
-from setpred.encoders.base import EncoderBase
+from setpred import AttentionEncoder, FSPool, PooledEncoder, RelationEncoder, SetEncoder
 from tests import devices
 from tests.devices import gradcheck, gradgradcheck
 
-ENCODERS = [PooledEncoder, RelationEncoder]
+Encoder = PooledEncoder | RelationEncoder | AttentionEncoder
+POOLED = [PooledEncoder, RelationEncoder]
 POOLS = ["fspool", "sum", "mean", "max"]
-EVERY_CLASS = pytest.mark.parametrize("cls", ENCODERS)
-EVERY_POOL = pytest.mark.parametrize("pool", POOLS)
+EVERY_CLASS = pytest.mark.parametrize("cls", [*POOLED, AttentionEncoder])
+EVERY_POOLED = pytest.mark.parametrize("cls", POOLED)
+# Of the attention, in place of a pool: whether all attend to all or to inducing points.
+EVERY_KIND = pytest.mark.parametrize(
+    ("cls", "pool"), [*product(POOLED, POOLS), (AttentionEncoder, "all"), (AttentionEncoder, "points")]
+)
 DOUBLE = {"dtype": torch.float64}
 
 
-def build(cls: type[EncoderBase], pool: str = "fspool", *, hidden: int = 6, **options: Any) -> EncoderBase:
-    return cls(2, 5, hidden, pool=pool, size_feature=True, **options)
+def build(cls: type[Encoder], pool: str = "fspool", *, out: int = 5, hidden: int = 6, **options: Any) -> Encoder:
+    if cls is AttentionEncoder:
+        points = 3 if pool == "points" else None
+        return cls(2, out, hidden, heads=2 if hidden % 2 == 0 else 1, inducing_points=points, **options)
+    return cls(2, out, hidden, pool=pool, size_feature=True, **options)
 
 
-def gradients(encoder: EncoderBase, elements: Tensor, mask: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+def gradients(encoder: Encoder, elements: Tensor, mask: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """Of the representation loss, with respect to the set."""
     elements, mask = elements.clone().requires_grad_(), mask.clone().requires_grad_()
     of_elements, of_mask = torch.autograd.grad((encoder(elements, mask) - z).square().sum(), (elements, mask))
@@ -38,7 +46,7 @@ def as_multiset(rows: Tensor) -> Tensor:
 
 
 @EVERY_CLASS
-def test_fits_the_protocol(cls: type[EncoderBase]) -> None:
+def test_fits_the_protocol(cls: type[Encoder]) -> None:
     encoder = build(cls)
     assert isinstance(encoder, SetEncoder)
     assert encoder(torch.rand(3, 4, 2), None).shape == (3, 5)
@@ -48,10 +56,9 @@ def test_fits_the_protocol(cls: type[EncoderBase]) -> None:
 # Permutations (the paper, Appendix A)
 
 
-@EVERY_CLASS
-@EVERY_POOL
+@EVERY_KIND
 @pytest.mark.parametrize("duplicates", [False, True])
-def test_order_does_not_matter(cls: type[EncoderBase], pool: str, duplicates: bool) -> None:
+def test_order_does_not_matter(cls: type[Encoder], pool: str, duplicates: bool) -> None:
     encoder = build(cls, pool, **DOUBLE)
     elements, mask = torch.randn(3, 6, 2, **DOUBLE), torch.rand(3, 6, **DOUBLE)
     if duplicates:
@@ -61,9 +68,8 @@ def test_order_does_not_matter(cls: type[EncoderBase], pool: str, duplicates: bo
         torch.testing.assert_close(encoder(elements[:, order], mask[:, order]), encoder(elements, mask))
 
 
-@EVERY_CLASS
-@EVERY_POOL
-def test_permuting_the_set_permutes_the_gradient(cls: type[EncoderBase], pool: str) -> None:
+@EVERY_KIND
+def test_permuting_the_set_permutes_the_gradient(cls: type[Encoder], pool: str) -> None:
     encoder = build(cls, pool, **DOUBLE)
     elements, mask, z = torch.randn(3, 6, 2, **DOUBLE), torch.rand(3, 6, **DOUBLE), torch.randn(3, 5, **DOUBLE)
     of_elements, of_mask = gradients(encoder, elements, mask, z)
@@ -75,9 +81,8 @@ def test_permuting_the_set_permutes_the_gradient(cls: type[EncoderBase], pool: s
         torch.testing.assert_close(actual, (of_elements[:, order], of_mask[:, order]))
 
 
-@EVERY_CLASS
-@EVERY_POOL
-def test_fspool_parts_equal_elements_and_other_pools_do_not(cls: type[EncoderBase], pool: str) -> None:
+@EVERY_KIND
+def test_fspool_parts_equal_elements_and_other_pools_do_not(cls: type[Encoder], pool: str) -> None:
     def with_few_bits(x: Tensor) -> Tensor:
         return (x * 256).round() / 256
 
@@ -105,10 +110,9 @@ def test_fspool_parts_equal_elements_and_other_pools_do_not(cls: type[EncoderBas
 # Batches
 
 
-@EVERY_CLASS
-@EVERY_POOL
+@EVERY_KIND
 @pytest.mark.parametrize("size", [1, 3, 10])
-def test_a_sample_alone_is_encoded_as_in_a_batch(cls: type[EncoderBase], pool: str, size: int) -> None:
+def test_a_sample_alone_is_encoded_as_in_a_batch(cls: type[Encoder], pool: str, size: int) -> None:
     encoder = build(cls, pool, hidden=64)
     elements, mask, z = torch.rand(20, size, 2), torch.rand(20, size), torch.randn(20, 5)
     together = encoder(elements, mask), *gradients(encoder, elements, mask, z)
@@ -118,9 +122,8 @@ def test_a_sample_alone_is_encoded_as_in_a_batch(cls: type[EncoderBase], pool: s
         torch.testing.assert_close(alone, tuple(part[b : b + 1] for part in together), rtol=1e-5, atol=1e-5)
 
 
-@EVERY_CLASS
-@EVERY_POOL
-def test_an_empty_batch_gives_no_vectors(cls: type[EncoderBase], pool: str) -> None:
+@EVERY_KIND
+def test_an_empty_batch_gives_no_vectors(cls: type[Encoder], pool: str) -> None:
     encoder = build(cls, pool)
     elements = torch.rand(0, 3, 2, requires_grad=True)
     vector = encoder(elements, torch.rand(0, 3))
@@ -132,10 +135,9 @@ def test_an_empty_batch_gives_no_vectors(cls: type[EncoderBase], pool: str) -> N
 # Derivatives
 
 
-@EVERY_CLASS
-@EVERY_POOL
-def test_first_and_second_derivatives(cls: type[EncoderBase], pool: str) -> None:
-    encoder = cls(2, 3, 3, pool=pool, size_feature=True, **DOUBLE)
+@EVERY_KIND
+def test_first_and_second_derivatives(cls: type[Encoder], pool: str) -> None:
+    encoder = build(cls, pool, out=3, hidden=3, **DOUBLE)
     if pool == "fspool":
         encoder.pool.fspool = FSPool(2, pieces=2, **DOUBLE)  # fewer parameters to perturb
     for parameter in encoder.parameters():
@@ -152,9 +154,13 @@ def test_first_and_second_derivatives(cls: type[EncoderBase], pool: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("cls", "pool"), [(PooledEncoder, "fspool"), (PooledEncoder, "max"), (RelationEncoder, "fspool")]
+    ("cls", "pool"),
+    [
+        *[(PooledEncoder, "fspool"), (PooledEncoder, "max"), (RelationEncoder, "fspool")],
+        *[(AttentionEncoder, "all"), (AttentionEncoder, "points")],
+    ],
 )
-def test_compiles_in_first_and_second_order(cls: type[EncoderBase], pool: str) -> None:
+def test_compiles_in_first_and_second_order(cls: type[Encoder], pool: str) -> None:
     encoder, z = build(cls, pool), torch.randn(2, 5)
 
     def inner_gradient(elements: Tensor, mask: Tensor) -> Tensor:
@@ -175,10 +181,9 @@ def test_compiles_in_first_and_second_order(cls: type[EncoderBase], pool: str) -
 # Dtypes and devices
 
 
-@EVERY_CLASS
-@EVERY_POOL
+@EVERY_KIND
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_dtype_follows_the_inputs(cls: type[EncoderBase], pool: str, dtype: torch.dtype) -> None:
+def test_dtype_follows_the_inputs(cls: type[Encoder], pool: str, dtype: torch.dtype) -> None:
     encoder = build(cls, pool, hidden=16, dtype=dtype)
     reference = copy.deepcopy(encoder).double()
     elements, mask, z = torch.rand(3, 6, 2, dtype=dtype), torch.rand(3, 6, dtype=dtype), torch.randn(3, 5, dtype=dtype)
@@ -191,9 +196,8 @@ def test_dtype_follows_the_inputs(cls: type[EncoderBase], pool: str, dtype: torc
         assert gradient.isfinite().all()
 
 
-@EVERY_CLASS
-@EVERY_POOL
-def test_autocast_is_close(cls: type[EncoderBase], pool: str) -> None:
+@EVERY_KIND
+def test_autocast_is_close(cls: type[Encoder], pool: str) -> None:
     encoder = build(cls, pool, hidden=16)
     elements, mask, z = torch.rand(3, 6, 2), torch.rand(3, 6), torch.randn(3, 5)
     expected = encoder(elements, mask)
@@ -206,9 +210,8 @@ def test_autocast_is_close(cls: type[EncoderBase], pool: str) -> None:
     assert of_mask.isfinite().all()
 
 
-@EVERY_CLASS
-@EVERY_POOL
-def test_device_follows_the_inputs(cls: type[EncoderBase], pool: str) -> None:
+@EVERY_KIND
+def test_device_follows_the_inputs(cls: type[Encoder], pool: str) -> None:
     encoder = build(cls, pool, device="meta")
     assert {p.device.type for p in encoder.parameters()} == {"meta"}
     assert encoder(torch.rand(2, 4, 2, device="meta")).device.type == "meta"
@@ -217,8 +220,8 @@ def test_device_follows_the_inputs(cls: type[EncoderBase], pool: str) -> None:
 # Masks and layouts
 
 
-@EVERY_CLASS
-def test_bool_masks_are_zeros_and_ones(cls: type[EncoderBase]) -> None:
+@EVERY_POOLED
+def test_bool_masks_are_zeros_and_ones(cls: type[Encoder]) -> None:
     encoder, elements = build(cls), torch.rand(2, 4, 2)
     mask = torch.tensor([[True, True, False, True], [False] * 4])
     assert torch.equal(encoder(elements, mask), encoder(elements, mask.float()))
@@ -227,7 +230,7 @@ def test_bool_masks_are_zeros_and_ones(cls: type[EncoderBase]) -> None:
 
 
 @EVERY_CLASS
-def test_elements_in_any_memory_layout(cls: type[EncoderBase]) -> None:
+def test_elements_in_any_memory_layout(cls: type[Encoder]) -> None:
     encoder, elements, mask = build(cls), torch.rand(3, 4, 2), torch.rand(3, 4)
     torch.testing.assert_close(encoder(elements.mT.contiguous().mT, mask.t().contiguous().t()), encoder(elements, mask))
     torch.testing.assert_close(encoder(elements[:1].expand(3, 4, 2))[2:], encoder(elements[:1]))
@@ -236,9 +239,8 @@ def test_elements_in_any_memory_layout(cls: type[EncoderBase]) -> None:
 # State
 
 
-@EVERY_CLASS
-@EVERY_POOL
-def test_state(cls: type[EncoderBase], pool: str) -> None:
+@EVERY_KIND
+def test_state(cls: type[Encoder], pool: str) -> None:
     encoder, elements = build(cls, pool), torch.rand(2, 4, 2)
     expected = encoder(elements)
     assert set(encoder.state_dict()) == {name for name, _ in encoder.named_parameters()}
@@ -250,11 +252,13 @@ def test_state(cls: type[EncoderBase], pool: str) -> None:
     before = {name: p.detach().clone() for name, p in encoder.named_parameters()}
     encoder.reset_parameters()
     for name, parameter in encoder.named_parameters():
-        assert torch.equal(parameter, before[name]) is name.endswith("bias")  # zeros, both times
+        assert torch.equal(parameter, before[name]) is (
+            name.endswith("bias") and name != "embed.bias"  # zeros, both times
+        )
 
 
-@EVERY_CLASS
-def test_repr(cls: type[EncoderBase]) -> None:
+@EVERY_POOLED
+def test_repr(cls: type[Encoder]) -> None:
     text = repr(build(cls))
     assert text.startswith(f"{cls.__name__}(\n  2, 5, size_feature=True, scaling='conditioned'\n")
     assert "(pool): Pool(\n    'fspool'\n    (fspool): FSPool(4, pieces=20)" in text
@@ -280,14 +284,12 @@ SET = torch.rand(2, 4, 2)
         (TypeError, r"`mask` must be a tensor or None, got \[\] \(list\)", (SET, [])),
     ],
 )
-def test_refuses_inputs(
-    cls: type[EncoderBase], error: type[Exception], message: str, arguments: tuple[Any, ...]
-) -> None:
+def test_refuses_inputs(cls: type[Encoder], error: type[Exception], message: str, arguments: tuple[Any, ...]) -> None:
     with pytest.raises(error, match=message):
         build(cls)(*arguments)
 
 
-@EVERY_CLASS
+@EVERY_POOLED
 @pytest.mark.parametrize(
     ("error", "message", "arguments", "options"),
     [
@@ -302,7 +304,7 @@ def test_refuses_inputs(
     ],
 )
 def test_refuses_numbers(
-    cls: type[EncoderBase], error: type[Exception], message: str, arguments: tuple[Any, ...], options: dict[str, Any]
+    cls: type[Encoder], error: type[Exception], message: str, arguments: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
     with pytest.raises(error, match=message):
         cls(*arguments, **options)
@@ -310,8 +312,8 @@ def test_refuses_numbers(
 
 @pytest.mark.parametrize("batch", [2, 7, 33])
 @pytest.mark.parametrize("size", [1, 3, 6, 10, 17])
-@EVERY_CLASS
-def test_a_sample_is_rounded_the_same_in_every_batch(cls: type[EncoderBase], size: int, batch: int) -> None:
+@EVERY_POOLED
+def test_a_sample_is_rounded_the_same_in_every_batch(cls: type[Encoder], size: int, batch: int) -> None:
     encoder = cls(18, 64, 128, size_feature=True)
     elements, mask, z = torch.rand(batch, size, 18), torch.rand(batch, size), torch.randn(64)
 
