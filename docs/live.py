@@ -147,13 +147,15 @@ def export(folder: Path = FOLDER) -> None:
     elements, mask, z = torch.zeros(1, POINTS, 2), torch.ones(1, POINTS), torch.zeros(1, LATENT)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)  # else the exporter rounds numbers in the code to float32
-    for name, model, example in (
-        ("encoder", dspn.encoder, (elements, mask)),
-        ("mlp", mlp, (elements, mask)),
-        ("step", Step(dspn.decoder).eval(), (elements, mask, elements, mask, z)),
-    ):
-        to_onnx(model, tuple(x.double() for x in example), folder / f"{name}.onnx")
-    torch.set_default_dtype(default)
+    try:
+        for name, model, example in (
+            ("encoder", dspn.encoder, (elements, mask)),
+            ("mlp", mlp, (elements, mask)),
+            ("step", Step(dspn.decoder).eval(), (elements, mask, elements, mask, z)),
+        ):
+            to_onnx(model, tuple(x.double() for x in example), folder / f"{name}.onnx")
+    finally:
+        torch.set_default_dtype(default)
 
 
 def fetch_runtime(folder: Path = FOLDER) -> None:
