@@ -13,8 +13,9 @@ from setpred import DSPNDecoder, FSPool, PooledEncoder
 from setpred.encoders.base import EncoderBase
 from setpred.functional.descent import _gradient
 from tests.encoders.test_layers import IDS, NOT_PLAIN, replace
-from tests.encoders.test_protocol import EVERY_CLASS, EVERY_POOL, build
+from tests.encoders.test_protocol import EVERY_POOLED, POOLS, build
 
+EVERY_POOL = pytest.mark.parametrize("pool", POOLS)
 DOUBLE = {"dtype": torch.float64}
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -56,7 +57,7 @@ def assert_alike(encoder: EncoderBase, elements: Tensor, mask: Tensor | None, u:
     torch.testing.assert_close(*derivatives, **EXACT)
 
 
-@EVERY_CLASS
+@EVERY_POOLED
 @EVERY_POOL
 @pytest.mark.parametrize("scaling", ["conditioned", "dspn"])
 @given(batch=st.integers(1, 20), size=st.integers(1, 9), masked=st.booleans(), seed=st.integers(0, 2**31))
@@ -74,7 +75,7 @@ def test_equals_autograd_of_any_depth(layers: int) -> None:
     assert_alike(encoder, *inputs(encoder, 5, 70, True))  # more than 64 columns: a product for each sample
 
 
-@EVERY_CLASS
+@EVERY_POOLED
 @EVERY_POOL
 def test_equal_elements(cls: type[EncoderBase], pool: str) -> None:
     encoder = build(cls, pool, **DOUBLE)
@@ -127,7 +128,7 @@ CHANGES = [
 ]
 
 
-@EVERY_CLASS
+@EVERY_POOLED
 @pytest.mark.parametrize("make", NOT_PLAIN, ids=IDS)
 def test_not_offered_where_layers_are_called(cls: type[EncoderBase], make: Callable[[nn.Linear], nn.Module]) -> None:
     encoder: Any = cls(2, 5, 6, **DOUBLE)
@@ -136,7 +137,7 @@ def test_not_offered_where_layers_are_called(cls: type[EncoderBase], make: Calla
     assert replace(encoder, make).vjp(elements) is None  # type: ignore[operator]
 
 
-@EVERY_CLASS
+@EVERY_POOLED
 @pytest.mark.parametrize("change", CHANGES)
 def test_not_offered_where_the_pool_is_another(cls: type[EncoderBase], change: Callable[[EncoderBase], None]) -> None:
     encoder: Any = cls(2, 5, 6, **DOUBLE)
@@ -160,7 +161,7 @@ def decode(decoder: DSPNDecoder, z: Tensor) -> Known:
     return *prediction[:2], *torch.autograd.grad(value, wrt, materialize_grads=True)
 
 
-@EVERY_CLASS
+@EVERY_POOLED
 @pytest.mark.parametrize("differentiate", ["unrolled", "implicit"])
 @pytest.mark.parametrize("options", [{}, {"mask_clamp": None}, {"anchor": 0.3}, {"repr_loss": "mse"}, {"tol": 0.01}])
 def test_decoders_decode_as_by_autograd(
@@ -289,7 +290,7 @@ def test_a_gradient_of_another_shape(error: type[Exception], message: str, chang
         DSPNDecoder(Other(), 5, set_size=4, channels=2, **DOUBLE)(torch.rand(3, 2, **DOUBLE))
 
 
-@EVERY_CLASS
+@EVERY_POOLED
 def test_an_empty_batch_with_an_anchor(cls: type[EncoderBase]) -> None:
     decoder = DSPNDecoder(build(cls), 2, set_size=5, channels=2, anchor=0.1)
     assert decoder(torch.zeros(0, 5)).elements.shape == (0, 5, 2)
