@@ -15,6 +15,7 @@ import subprocess
 import tarfile
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,27 +136,35 @@ class Step(nn.Module):
 
 
 def load(name: str) -> Autoencoder:
-    """Load a trained autoencoder, in float64: in float32, rounding decides ranks in the pool, and steps part ways."""
+    """Load a trained autoencoder, in float64: in float32, rounding decides ranks in the pool, and steps part ways.
+
+    PyTorch's exporter rounds the numbers in the code to float32, whatever they are multiplied with; so they are here.
+    """
     model = Autoencoder(name)
     model.load_state_dict(torch.load(WEIGHTS, weights_only=True)[name])
-    return model.eval().double()
+    model = model.eval().double()
+    divisor = rounded(model.encoder._divisor(POINTS, POINTS))
+    model.encoder._divisor = lambda size, rows: divisor
+    if isinstance(model.decoder, DSPNDecoder):
+        model.decoder.lr = replace(model.decoder.lr, momentum=rounded(model.decoder.lr.momentum))
+    return model
+
+
+def rounded(number: float) -> float:
+    """The nearest float32."""
+    return torch.tensor(number, dtype=torch.float32).item()
 
 
 def export(folder: Path = FOLDER) -> None:
     """Write encoder.onnx, step.onnx and mlp.onnx."""
     dspn, mlp = load("dspn"), load("mlp")
     elements, mask, z = torch.zeros(1, POINTS, 2), torch.ones(1, POINTS), torch.zeros(1, LATENT)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # else the exporter rounds numbers in the code to float32
-    try:
-        for name, model, example in (
-            ("encoder", dspn.encoder, (elements, mask)),
-            ("mlp", mlp, (elements, mask)),
-            ("step", Step(dspn.decoder).eval(), (elements, mask, elements, mask, z)),
-        ):
-            to_onnx(model, tuple(x.double() for x in example), folder / f"{name}.onnx")
-    finally:
-        torch.set_default_dtype(default)
+    for name, model, example in (
+        ("encoder", dspn.encoder, (elements, mask)),
+        ("mlp", mlp, (elements, mask)),
+        ("step", Step(dspn.decoder).eval(), (elements, mask, elements, mask, z)),
+    ):
+        to_onnx(model, tuple(x.double() for x in example), folder / f"{name}.onnx")
 
 
 def fetch_runtime(folder: Path = FOLDER) -> None:
