@@ -38,7 +38,7 @@ from common.models import SetPredictor
 
 LOG_EVERY = 20  # steps
 EVALUATION_BATCH = 100
-FITTED_ON = 4096  # samples of the training data that a scaler sees
+FITTED_ON = 512  # samples of the training data that a scaler sees
 VALIDATIONS = 20  # the most, unless their number is given
 SHARE = 0.1  # of the training's work that they may be
 
@@ -417,17 +417,20 @@ def evaluate(
     model: SetPredictor,
     loader: DataLoader[Batch],
 ) -> Scores:
-    """Score a split after each number of inner steps."""
+    """Score a split after each number of inner steps, from the same random starts each time."""
     model.eval()
     collected: dict[str, list[Predictions]] = {}
-    for batch in loader:
-        if options.decoder in DESCENT:
-            kept = {str(steps): prediction for steps, prediction in model.after(batch, options.eval_steps).items()}
-        else:
-            kept = {"-": model(batch)[0][:2]}
-        for steps, prediction in kept.items():
-            parts = accelerator.gather_for_metrics((*prediction, batch.elements, batch.mask))
-            collected.setdefault(steps, []).append(Predictions(*(part.cpu() for part in parts)))
+    cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):  # the training goes on as if nothing had been drawn here
+        torch.manual_seed(0)
+        for batch in loader:
+            if options.decoder in DESCENT:
+                kept = {str(steps): prediction for steps, prediction in model.after(batch, options.eval_steps).items()}
+            else:
+                kept = {"-": model(batch)[0][:2]}
+            for steps, prediction in kept.items():
+                parts = accelerator.gather_for_metrics((*prediction, batch.elements, batch.mask))
+                collected.setdefault(steps, []).append(Predictions(*(part.cpu() for part in parts)))
     return {
         steps: experiment.score(Predictions(*map(torch.cat, zip(*parts, strict=True))))
         for steps, parts in collected.items()
