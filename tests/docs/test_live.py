@@ -49,14 +49,14 @@ def test_onnx_runtime_takes_the_same_steps(tmp_path: Path) -> None:
     )
     points, mask = (x.double() for x in live.sample(20))
     start = 0.1 * torch.randn_like(points)
-    elements, masks, losses, output = decoded(points, mask, start, 100)
+    elements, masks, losses, output = decoded(points, mask, start, 50)
     sets = {"elements": points.numpy(), "mask": mask.numpy()}
     for actual, expected in zip(mlp.run(None, sets), output, strict=True):
         torch.testing.assert_close(torch.as_tensor(actual), expected, **CLOSE)
     state = [start.numpy(), np.full(mask.shape, 0.5), np.zeros(start.shape), np.zeros(mask.shape)]
     names = [x.name for x in step.get_inputs()]
     (z,) = encoder.run(None, sets)
-    for t in range(100):
+    for t in range(50):  # some sets are chaotic: of 200, roundings of 1e-16 are 3e-11 after 40 steps, 2e-4 after 80
         *state, loss = step.run(None, dict(zip(names, [*state, z], strict=True)))
         torch.testing.assert_close(torch.as_tensor(state[0]), elements[t + 1], **CLOSE)
         torch.testing.assert_close(torch.as_tensor(state[1]), masks[t + 1], **CLOSE)
