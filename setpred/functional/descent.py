@@ -199,9 +199,9 @@ def descend(
     - ``"unrolled"`` differentiates every step; memory grows with ``steps``.
     - ``"implicit"`` runs the loop without a graph. At the point :math:`y` before the last step one gradient :math:`g`
       gets a graph, and the outer gradient flows through :math:`P(y - g) - y` with :math:`y` held constant: the implicit
-      function theorem with the Hessian taken as the identity. A rule with a ``plain_step``, as
-      :class:`setpred.PolyakDescent`, has that in place of g, its size differentiated too; otherwise the rule does not
-      enter. Nothing flows to ``init``, except where the objective itself depends on it. Memory is that of one step.
+      function theorem with the Hessian taken as the identity. A rule with an ``implicit_step``, as
+      :class:`setpred.PolyakDescent`, has that in place of g; otherwise the rule does not enter. Nothing flows to
+      ``init``, except where the objective itself depends on it. Memory is that of one step.
 
     Without grad mode both give the same values and no graph.
 
@@ -356,8 +356,8 @@ def descend(
             y, state = run(y, steps - 1)
         y = _constant(y)  # forward-mode differentiation sees through no_grad
         at = gradient_at(y, args)
-        plain_step = getattr(rule, "plain_step", lambda at: at.grad)
-        residual = tuple(-part for part in plain_step(at))
+        implicit_step = getattr(rule, "implicit_step", lambda at: at.grad)
+        residual = tuple(-part for part in implicit_step(at))
         if project is not None:
             forward = projected(tuple(part + r for part, r in zip(y, residual, strict=True)))
             residual = tuple(f - part for f, part in zip(forward, y, strict=True))

@@ -12,6 +12,7 @@ from torch import Tensor
 from setpred._checks import check_at_least, check_positive
 
 Point = tuple[Tensor, ...]
+_LONG = 0.05  # of `max_lr`: from here on, implicit differentiation sees less and less of a step's size
 
 
 class Gradient(NamedTuple):
@@ -43,8 +44,8 @@ class StepRule(Protocol):
     A point is a tuple of tensors whose first dimension is the batch, and so is the state, of any structure of tuples.
     A sample's step must depend on that sample only: samples may leave the batch on the way.
 
-    A rule whose step does not grow with the objective may say what it takes without momentum, by a third method,
-    ``plain_step(gradient)``: implicit differentiation goes through that step instead of the gradient.
+    A rule whose step does not grow with the objective may have a third method, ``implicit_step(gradient)``: what
+    implicit differentiation goes through in place of the gradient.
 
     Example:
         >>> class SignDescent:
@@ -181,18 +182,29 @@ class PolyakDescent:
         self, y: tuple[Tensor, ...], gradient: Gradient, state: tuple[Tensor, ...]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """See :class:`setpred.functional.StepRule`."""
-        moves = self.plain_step(gradient)
+        lr = self._lr(gradient)
+        moves = tuple(per_sample(lr, g).to(g.dtype) * g for g in gradient.grad)
         state = _plus(moves, self.momentum, state)
         direction = _plus(moves, self.momentum, state)
         return tuple(part - d for part, d in zip(y, direction, strict=True)), state
 
-    def plain_step(self, gradient: Gradient) -> tuple[Tensor, ...]:
-        r"""Return :math:`\eta_t g_t`, which does not change when the objective is multiplied by a number."""
+    def implicit_step(self, gradient: Gradient) -> tuple[Tensor, ...]:
+        r"""Return :math:`\eta_t g_t`, of whose size a part is differentiated: none of a long one, all as it vanishes.
+
+        With its size held constant, the derivative says of each descent that has not arrived that the objective should
+        grow; with its size, which shrinks as the objective grows, it does not. The first is welcome until steps are a
+        twentieth of ``max_lr``, and without an end it is what trainings collapse by.
+        """
+        lr = self._lr(gradient)
+        constant = (lr.detach() / (_LONG * self.max_lr)).clamp(max=1)
+        lr = constant * lr.detach() + (1 - constant) * lr
+        return tuple(per_sample(lr, g).to(g.dtype) * g for g in gradient.grad)
+
+    def _lr(self, gradient: Gradient) -> Tensor:
         square = gradient.norm.square()
         loss = gradient.loss.clamp(min=0)
         small = loss < self.max_lr * square  # elsewhere the gradient may be 0, and no derivative may pass through there
-        lr = torch.where(small, loss / torch.where(small, square, 1), self.max_lr)
-        return tuple(per_sample(lr, g).to(g.dtype) * g for g in gradient.grad)
+        return torch.where(small, loss / torch.where(small, square, 1), self.max_lr)
 
 
 def as_rule(lr: float | StepRule) -> StepRule:
