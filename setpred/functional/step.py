@@ -73,6 +73,10 @@ def per_sample(value: Tensor, like: Tensor) -> Tensor:
     return value.view(-1, *[1] * (like.dim() - 1))
 
 
+def _times(value: Tensor, grad: Point) -> Point:
+    return tuple(per_sample(value, part).to(part.dtype) * part for part in grad)
+
+
 def _plus(grad: Point, momentum: float, velocity: Point) -> Point:
     return tuple(g + momentum * v for g, v in zip(grad, velocity, strict=True))
 
@@ -127,7 +131,7 @@ class GradientDescent:
         grad = gradient.grad
         if self.grad_clip is not None:
             scale = self.grad_clip / gradient.norm.clamp(min=self.grad_clip)
-            grad = tuple(per_sample(scale, part).to(part.dtype) * part for part in grad)
+            grad = _times(scale, grad)
         direction = grad
         if self.momentum != 0:
             state = direction = _plus(grad, self.momentum, state)
@@ -182,8 +186,7 @@ class PolyakDescent:
         self, y: tuple[Tensor, ...], gradient: Gradient, state: tuple[Tensor, ...]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """See :class:`setpred.functional.StepRule`."""
-        lr = self._lr(gradient)
-        moves = tuple(per_sample(lr, g).to(g.dtype) * g for g in gradient.grad)
+        moves = _times(self._lr(gradient), gradient.grad)
         state = _plus(moves, self.momentum, state)
         direction = _plus(moves, self.momentum, state)
         return tuple(part - d for part, d in zip(y, direction, strict=True)), state
@@ -197,8 +200,7 @@ class PolyakDescent:
         """
         lr = self._lr(gradient)
         constant = (lr.detach() / (_LONG * self.max_lr)).clamp(max=1)
-        lr = constant * lr.detach() + (1 - constant) * lr
-        return tuple(per_sample(lr, g).to(g.dtype) * g for g in gradient.grad)
+        return _times(constant * lr.detach() + (1 - constant) * lr, gradient.grad)
 
     def _lr(self, gradient: Gradient) -> Tensor:
         square = gradient.norm.square()
