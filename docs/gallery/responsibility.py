@@ -63,19 +63,19 @@ dspn = DSPNDecoder.recommended(encoder, set_size=4, channels=2, mask_clamp=None)
 train(encoder, dspn, steps=200, lr=0.01)
 
 # %%
-# Now every tenth of a degree: after the 20 inner steps of training, and after more of them.
+# Now every tenth of a degree: after the 10 inner steps of training, and after more of them.
 
 angle = torch.linspace(0, math.pi / 2, 901)
 target = squares(angle)
 with torch.no_grad():
     error_mlp = distance(mlp(mlp_encoder(target)).elements, target)
     z = encoder(target)
-    error_early, error_late = (distance(dspn(z, iters=iters).elements, target) for iters in (20, 60))
+    error_early, error_late = (distance(dspn(z, iters=iters).elements, target) for iters in (10, 60))
 
 figure, axes = plt.subplots(figsize=(7, 3.6))
 degrees = angle.rad2deg()
 for error, label, style in (
-    (error_early, "DSPN, 20 inner steps", {"linestyle": "", "marker": ".", "markersize": 2.5, "color": "C4"}),
+    (error_early, "DSPN, 10 inner steps", {"linestyle": "", "marker": ".", "markersize": 2.5, "color": "C4"}),
     (error_mlp, "MLP", {"color": "C1"}),
     (error_late, "DSPN, 60 inner steps", {"color": "C0"}),
 ):

@@ -176,10 +176,10 @@ class DSPNDecoder(nn.Module):
     def recommended(cls, encoder: SetEncoder, *, set_size: int, channels: int, **overrides: Any) -> Self:
         """Build the decoder to begin with: nothing in it has to be tuned.
 
-        20 steps of :class:`setpred.PolyakDescent`, which size themselves, on half the squared error, differentiated
+        10 steps of :class:`setpred.PolyakDescent`, which size themselves, on half the squared error, differentiated
         implicitly, so that memory does not grow with them; from random sets, so that the encoder learns to decode from
-        any; in evaluation mode twice as many steps, since the descent goes on to improve. Train it with a set loss of
-        the prediction alone.
+        any; in evaluation mode four times as many steps, since the descent goes on to improve. Train it with a set loss
+        of the prediction alone.
 
         Args:
             encoder: Set encoder; a :class:`setpred.PooledEncoder` as it is made by default. One of your own should have
@@ -196,8 +196,8 @@ class DSPNDecoder(nn.Module):
         Source: implicit differentiation, momentum and random starts: Zhang et al. (ICLR 2022).
         """
         recipe: dict[str, Any] = {
-            "iters": 20,
-            "eval_iters": 2 * (overrides.get("iters") or 20),
+            "iters": 10,
+            "eval_iters": 4 * (overrides.get("iters") or 10),
             "lr": PolyakDescent(),
             "mask_clamp": (0.0, 1.0),
             "repr_loss": "mse",

@@ -326,7 +326,7 @@ def test_evaluation_may_have_another_number_of_steps() -> None:
     assert_close(decoder.eval()(z), make_like(decoder, iters=9).eval()(z))
     assert len(decoder(z, iters=2, record=True).trajectory.repr_loss) == 2
     assert len(decoder.diagnose(z, torch.zeros(len(z), decoder.set_size, decoder.channels)).loss) == 4 + 1
-    assert DSPNDecoder.recommended(decoder.encoder, set_size=3, channels=2, iters=7).eval_iters == 14
+    assert DSPNDecoder.recommended(decoder.encoder, set_size=3, channels=2, iters=7).eval_iters == 28
 
 
 def make_like(decoder: DSPNDecoder, **options: Any) -> DSPNDecoder:
@@ -382,7 +382,7 @@ IDSPN = PAPER | {
 }
 
 DEFAULT = PAPER | {"lr": PolyakDescent(1.0, momentum=0.9)}
-RECOMMENDED = IDSPN | {"lr": PolyakDescent(1.0, momentum=0.9), "eval_iters": 40}
+RECOMMENDED = IDSPN | {"iters": 10, "eval_iters": 40, "lr": PolyakDescent(1.0, momentum=0.9)}
 
 
 @pytest.mark.parametrize(
