@@ -37,8 +37,9 @@ from common.tasks import TASKS, Sources
 from common.trial import LATENT, WIDTH, Budget, Contestant, run_trial
 
 import setpred
-from setpred import DSPNDecoder, LSTMDecoder, MLPDecoder, TransformerDecoder
+from setpred import DSPNDecoder, LSTMDecoder, MLPDecoder, SlotDecoder, TransformerDecoder
 
+TOKENS = 16  # that a vector is split into for slots to share
 CONTESTANTS = {
     # As recommended, and nothing set.
     "dspn": Contestant(
@@ -49,6 +50,20 @@ CONTESTANTS = {
     "lstm": Contestant(lambda encoder, size, channels: LSTMDecoder(LATENT, size, channels, WIDTH), {"LSTM": {}}),
     "transformer": Contestant(
         lambda encoder, size, channels: TransformerDecoder(LATENT, size, channels, WIDTH), {"transformer": {}}
+    ),
+    "slots": Contestant(
+        lambda encoder, size, channels: SlotDecoder(LATENT, size, channels, WIDTH, tokens=TOKENS), {"slots": {}}
+    ),
+    # A transformer's sets as the start of the descent, both trained at once: through all steps, as a start needs.
+    "refined": Contestant(
+        lambda encoder, size, channels: DSPNDecoder.recommended(
+            encoder,
+            set_size=size,
+            channels=channels,
+            init=TransformerDecoder(LATENT, size, channels, WIDTH),
+            differentiate="unrolled",
+        ),
+        {"transformer, then DSPN": {}},
     ),
 }
 RATES = {"autoencoded": (1e-3, 3e-3, 1e-2), "image": (3e-4, 1e-3, 3e-3)}  # of Adam, for every decoder

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -285,6 +286,7 @@ class DSPNDecoder(nn.Module):
         starts: int | None = None,
         record: bool | None = None,
         generator: torch.Generator | None = None,
+        chunk_size: int | None = None,
     ) -> SetPrediction:
         """Decode vectors into sets.
 
@@ -296,6 +298,8 @@ class DSPNDecoder(nn.Module):
             starts: Number of descents for each sample, by default the decoder's.
             record: Whether to keep the trajectory; by default in training mode with ``"unrolled"`` only.
             generator: Source of random initial sets.
+            chunk_size: Number of samples that are decoded at a time, so that memory goes with it and not with B; by
+                default all. What is predicted is the same.
 
         Returns:
             The predicted sets, with their trajectory if recorded.
@@ -318,6 +322,9 @@ class DSPNDecoder(nn.Module):
             shape = (starts - 1, *elements.shape)
             starting.extend(_random_elements(shape, elements, generator).unbind())
         descended = self._descend_from
+        if chunk_size is not None:
+            check_count("chunk_size", chunk_size)
+            descended = partial(self._descend_in_chunks, chunk_size)
         if torch.compiler.is_compiling() and _refuses_func_grad(self.encoder):
             descended = uncompiled(descended)
         watched = self.training and not torch.compiler.is_compiling() and not in_transform() and self._watch.due()
@@ -449,6 +456,17 @@ class DSPNDecoder(nn.Module):
         check_shape("encoder(elements, mask)", representation, *z.shape)
         return distance(representation, z, self.repr_loss)
 
+    def _descend_in_chunks(
+        self, size: int, z: Tensor, starts: list[Tensor], mask: Tensor | None, iters: int, record: bool
+    ) -> Descent[_Parts]:
+        chunks = [slice(first, first + size) for first in range(0, len(z), size)]
+        if len(chunks) <= 1:
+            return self._descend_from(z, starts, mask, iters, record)
+        return _joined(
+            self._descend_from(z[rows], [s[rows] for s in starts], None if mask is None else mask[rows], iters, record)
+            for rows in chunks
+        )
+
     def _descend_from(
         self, z: Tensor, starts: list[Tensor], mask: Tensor | None, iters: int, record: bool
     ) -> Descent[_Parts]:
@@ -532,18 +550,24 @@ def _random_elements(shape: tuple[int, ...], like: Tensor, generator: torch.Gene
     return 0.1 * standard_normal(shape, like, generator)
 
 
-def _samples(rows: Tensor, *descents: Descent[_Parts]) -> Descent[_Parts]:
-    """Take samples, numbered through all of these descents, into one."""
-
-    def taken(dim: int, parts: Iterable[Any]) -> Tensor:
-        return torch.cat(tuple(parts), dim).index_select(dim, rows)
-
+def _joined(descents: Iterable[Descent[_Parts]]) -> Descent[_Parts]:
+    """Put descents of some samples each into one."""
     values, trajectories, losses, norms = zip(*descents, strict=True)
-    value = tuple(taken(0, parts) for parts in zip(*values, strict=True))
+    value = tuple(map(torch.cat, zip(*values, strict=True)))
     if losses[0] is None:
         return Descent(value, None, None, None)
-    trajectory = tuple(taken(1, parts) for parts in zip(*trajectories, strict=True))
-    return Descent(value, trajectory, taken(1, losses), taken(1, norms))
+    trajectory = tuple(torch.cat(parts, 1) for parts in zip(*trajectories, strict=True))
+    return Descent(value, trajectory, torch.cat(losses, 1), torch.cat(norms, 1))
+
+
+def _samples(rows: Tensor, *descents: Descent[_Parts]) -> Descent[_Parts]:
+    """Take samples, numbered through all of these descents, into one."""
+    value, trajectory, loss, norm = _joined(descents)
+    value = tuple(part.index_select(0, rows) for part in value)
+    if trajectory is None or loss is None or norm is None:
+        return Descent(value, None, None, None)
+    trajectory = tuple(part.index_select(1, rows) for part in trajectory)
+    return Descent(value, trajectory, loss.index_select(1, rows), norm.index_select(1, rows))
 
 
 class _AsNow:

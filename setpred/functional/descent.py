@@ -9,6 +9,7 @@ from __future__ import annotations  # torch.compile cannot evaluate the annotati
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
@@ -318,16 +319,17 @@ def descend(
         return looped[1], looped[2]
 
     def run(y: Point, steps: int) -> tuple[Point, Any]:
+        take: Callable[[Point, Any, Point], Any] = Recompute(step) if checkpoint else step
         if (
             torch.compiler.is_dynamo_compiling()
             and not is_exporting()
-            and not (torch.is_grad_enabled() or record or in_transform())
-            and y[0].device.type == "cpu"  # elsewhere the loop would wait for the device at every step
-            and type(rule) in (GradientDescent, PolyakDescent)  # one of the user's may do what a loop cannot
+            and not in_transform()
+            and type(rule) in (GradientDescent, PolyakDescent)  # one of the user's may do what a region cannot
             and value_and_grad(packed(y), *args) is not None  # so may an encoder
         ):
-            return run_loop(y, steps)
-        take = Recompute(step) if checkpoint else step
+            if not (torch.is_grad_enabled() or record) and y[0].device.type == "cpu":  # else it waits at every step
+                return run_loop(y, steps)
+            take = partial(_compiled_once, step)
         state, given, rows = rule.init(y), args, None  # of the samples under way; None: all of them
         whole: tuple[Any, ...] = (y, state)
         for done in range(1, steps + 1):
@@ -372,6 +374,14 @@ def descend(
         return Descent(packed(y), None, None, None)
     trajectory = tuple(torch.stack(parts) for parts in zip(*points, strict=True))
     return Descent(packed(y), packed(trajectory), torch.stack(losses), torch.stack(norms))
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+# One step is compiled, and each uses it; before PyTorch 2.8, each is compiled.
+_compiled_once = getattr(torch.compiler, "nested_compile_region", lambda function: function)(_call)
 
 
 def _laid_out(whole: Any) -> Any:

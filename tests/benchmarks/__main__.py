@@ -20,7 +20,6 @@ from scipy.optimize import linear_sum_assignment
 
 from setpred import (
     ChamferLoss,
-    DSPNDecoder,
     FSPool,
     HungarianLoss,
     LSTMDecoder,
@@ -31,6 +30,7 @@ from setpred import (
 from setpred.functional import argsort_descending
 from tests import oracles
 from tests.benchmarks.against import compare
+from tests.benchmarks.scaling import plot, scaling
 from tests.benchmarks.work import (
     BATCH,
     Clevr,
@@ -172,79 +172,6 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
         )
 
 
-SCALING = {
-    "batch": [8, 16, 32, 64, 128, 256],
-    "set size": [16, 32, 64, 128, 256, 512],
-    "inner steps": [5, 10, 20, 40, 80],
-}
-
-
-def scaling(rounds: int = 5) -> Iterator[dict[str, Any]]:
-    """Time of a decoder against one size, the others fixed at 32 sets of 64 points and 10 steps, and log-log slope.
-
-    The slope is that of the upper half of the sizes: below it, the fixed cost of calling PyTorch shows.
-    """
-    for axis, sizes in SCALING.items():
-        runs: dict[tuple[str, int], Function] = {}
-        for size in sizes:
-            given = {"batch": 32, "set size": 64, "inner steps": 10} | {axis: size}
-            for mode in ("unrolled", "implicit", "inference"):
-                decoder = DSPNDecoder.paper(
-                    PooledEncoder(2, 64, 128, scaling="dspn"),
-                    iters=given["inner steps"],
-                    set_size=given["set size"],
-                    channels=2,
-                    differentiate="implicit" if mode == "implicit" else "unrolled",
-                )
-                z = torch.randn(given["batch"], 64)
-
-                def train(decoder: DSPNDecoder = decoder, z: torch.Tensor = z) -> None:
-                    decoder(z, record=False).elements.square().sum().backward()
-
-                def decode(decoder: DSPNDecoder = decoder, z: torch.Tensor = z) -> None:
-                    with torch.inference_mode():
-                        decoder(z, record=False)
-
-                runs[mode, size] = decode if mode == "inference" else train
-        for run in runs.values():
-            run()
-        times: dict[tuple[str, int], list[float]] = {key: [] for key in runs}
-        for _ in range(rounds):
-            for key, run in runs.items():
-                times[key].append(seconds(run))
-        for mode in ("unrolled", "implicit", "inference"):
-            median = [float(np.median(times[mode, size])) for size in sizes]
-            upper = len(sizes) // 2
-            slope = np.polyfit(np.log(sizes[upper:]), np.log(median[upper:]), 1)[0]
-            yield {
-                "axis": axis,
-                "mode": mode,
-                "sizes": sizes,
-                "ms": [1e3 * t for t in median],
-                "slope": round(slope, 2),
-            }
-
-
-def plot(lines: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(SCALING), figsize=(10.5, 3.4), sharey=True, layout="constrained")
-    for panel, axis in zip(axes, SCALING, strict=True):
-        for line in (line for line in lines if line["axis"] == axis):
-            panel.loglog(line["sizes"], line["ms"], "o-", label=f"{line['mode']}: slope {line['slope']:.2f}", base=2)
-            panel.set_xticks(line["sizes"])
-        panel.set_xlabel(axis)
-        panel.xaxis.set_major_formatter("{x:.0f}")
-        panel.yaxis.set_major_formatter("{x:.0f}")
-        panel.grid(alpha=0.3)
-        panel.legend(frameon=False, fontsize="small")
-    axes[0].set_ylabel("ms")
-    figure.savefig(path, dpi=150)
-
-
 def machine() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -272,8 +199,8 @@ def _commit() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, help="write everything measured, to compare commits")
-    parser.add_argument("--plot", type=Path, help="write the picture of how time grows with batch, set size and steps")
-    parser.add_argument("--only", default="", help="measure only rows with this text in their title")
+    parser.add_argument("--plot", type=Path, help="write the picture of how time and memory grow")
+    parser.add_argument("--only", default="", help="measure only rows with this text in their title, or `scaling`")
     parser.add_argument("--seconds", type=float, default=10, help="about how long to measure a row")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--against", metavar="COMMIT", help="compare the checkout with a commit instead")
@@ -294,11 +221,11 @@ def main() -> None:
     ]
     print("\n".join(table(rows)))
     result["rows"] = rows
-    if not arguments.only:
+    if arguments.only.lower() in "scaling":
         lines = list(scaling())
-        print("\n| time against | mode | slope, log-log |\n|---|---|---|")
+        print("\n| against | mode | slope of time, log-log | of memory |\n|---|---|---|---|")
         for line in lines:
-            print(f"| {line['axis']} | {line['mode']} | {line['slope']} |")
+            print(f"| {line['axis']} | {line['mode']} | {line['slope of ms']} | {line['slope of MB']} |")
         result["scaling"] = lines
         if arguments.plot:
             plot(lines, arguments.plot)

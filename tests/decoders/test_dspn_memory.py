@@ -5,29 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.profiler import profile
 
 from setpred import GradientDescent, PooledEncoder
-from tests import devices
+from tests.memory import peak_bytes
 from tests.rules import paper_decoder
-
-
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """Largest sum of live allocations while ``run`` runs, as PyTorch's allocators count them."""
-    run()  # what is allocated once and kept
-    if devices.here().type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
-        run()
-        return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
-    with profile(profile_memory=True, acc_events=True) as profiler:
-        run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live, peak = 0, 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 def training_step(iters: int, **options: Any) -> Callable[[], None]:
@@ -74,3 +55,17 @@ def test_of_a_recorded_inference_grows_by_the_record_alone() -> None:
     few, many = (peak_bytes(inference(iters, record=True)) for iters in (10, 40))
     step = 4 * 8 * 50 * 3  # float32 elements and masks of a batch
     assert 30 * step < many - few < 2.5 * 30 * step  # kept, then stacked
+
+
+def test_of_inference_in_chunks_grows_by_the_sets_alone() -> None:
+    decoder = paper_decoder(PooledEncoder(2, 32, 64), 3, 1.0, set_size=50, channels=2).eval()
+
+    def peak(batch: int) -> int:
+        z = torch.randn(batch, 32)
+        with torch.no_grad():
+            return peak_bytes(lambda: decoder(z, chunk_size=8))
+
+    few, many = peak(8), peak(80)
+    sets = 4 * 50 * 3 * (80 - 8)  # float32 elements and masks
+    assert many - few < 4 * sets  # initial, of each chunk, joined
+    assert many < few + peak(16) / 2

@@ -165,3 +165,26 @@ def test_refuses(error: type[Exception], message: str, starts: Any) -> None:
         make_decoder(starts=starts)
     with pytest.raises(error, match=message):
         make_decoder()(torch.zeros(1, D, dtype=torch.float64), starts=starts)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"starts": 3}, {"tol": 1e-2, "starts": 3}, {"mask_clamp": None}],
+    ids=["one", "starts", "tol", "no mask"],
+)
+@pytest.mark.parametrize("chunk_size", [1, 4, 6, 100])
+def test_in_chunks_is_the_same(options: dict[str, Any], chunk_size: int) -> None:
+    decoder = make_decoder(init="random", **options)
+    z = targets(decoder).requires_grad_()
+    whole, chunks = decode(decoder, z), decode(decoder, z, chunk_size=chunk_size)
+    for actual, expected in zip(tensors(chunks), tensors(whole), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    grads = [torch.autograd.grad(p.elements.square().sum(), z)[0] for p in (chunks, whole)]
+    torch.testing.assert_close(*grads, rtol=1e-7, atol=1e-9)
+
+
+def test_chunks_of_nothing() -> None:
+    decoder = make_decoder()
+    assert decoder(torch.empty(0, D, dtype=torch.float64), chunk_size=2).elements.shape == (0, N, C)
+    with pytest.raises(ValueError, match=r"^`chunk_size` must be at least 1, got 0$"):
+        decoder(torch.randn(3, D, dtype=torch.float64), chunk_size=0)

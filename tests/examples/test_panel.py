@@ -57,12 +57,16 @@ def test_quick_run_of_all_tasks_without_files(tmp_path, monkeypatch, capsys):
     assert list((tmp_path / "cache/rendered").iterdir())
 
 
-def test_quick_run_of_the_transformer(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("decoder", "made"),
+    [("transformer", "TransformerDecoder("), ("slots", "SlotDecoder("), ("refined", "DSPNDecoder(")],
+)
+def test_quick_run_of_the_others(tmp_path, monkeypatch, decoder, made):
     monkeypatch.setattr(panel, "RATES", dict.fromkeys(panel.RATES, (1e-3,)))
-    panel.main(["--quick", "--tasks", "squares", "--decoders", "transformer", "--seeds", "1", "--out", str(tmp_path)])
+    panel.main(["--quick", "--tasks", "squares", "--decoders", decoder, "--seeds", "1", "--out", str(tmp_path)])
     (run,) = results(tmp_path).values()
     assert run["steps"] == panel.QUICK_STEPS
-    assert run["decoder settings"].startswith("TransformerDecoder(")
+    assert run["decoder settings"].startswith(made)
 
 
 def test_quick_run_is_gone_on_with(tmp_path, monkeypatch):
@@ -153,7 +157,7 @@ def test_report_shows_test_scores_of_what_is_best_on_validation(tmp_path, monkey
     for lr, final in ((3e-4, 0.2), (1e-3, 0.5), (3e-3, 0.1)):
         write_run(tmp_path, "boxes", "mlp", lr, 0, final=final, test=final)  # average precision: larger is better
     write_run(tmp_path, "boxes", "dspn", 3e-4, 0, final=0.9, test=0.9)  # not all learning rates yet
-    panel.main(["--report", "--out", str(tmp_path)])
+    panel.main(["--report", "--decoders", "dspn", "mlp", "lstm", "transformer", "--out", str(tmp_path)])
     rows = table_of(tmp_path)
     assert rows[0] == ["task", "", "DSPN", "DSPN, 80 steps", "DSPN, 4 starts", "MLP", "LSTM", "transformer"]
     assert rows[1] == [
