@@ -380,8 +380,8 @@ def _call(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-# One step is compiled, and each uses it; before PyTorch 2.8, each is compiled.
-_compiled_once = getattr(torch.compiler, "nested_compile_region", lambda function: function)(_call)
+# One step is compiled, and each uses it. PyTorch has that since 2.8; it was tried from 2.11 on.
+_compiled_once = torch.compiler.nested_compile_region(_call) if torch.__version__ >= "2.11" else _call
 
 
 def _laid_out(whole: Any) -> Any:

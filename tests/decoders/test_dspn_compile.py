@@ -122,9 +122,7 @@ def test_steps_without_a_graph(make_encoder: type[nn.Module], options: dict[str,
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
-needs_regions = pytest.mark.skipif(
-    not hasattr(torch.compiler, "nested_compile_region"), reason="PyTorch before 2.8 compiles every step"
-)
+needs_regions = pytest.mark.skipif(torch.__version__ < "2.11", reason="compiles every step")
 
 
 @pytest.mark.parametrize(
