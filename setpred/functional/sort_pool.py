@@ -108,8 +108,8 @@ def sort_pool(
     :math:`f_c` is :func:`piecewise_linear`. A set of one element has r = 0; an empty set pools to zeros.
 
     A float mask makes the set's size soft: with :math:`m` in rank order and :math:`n = \sum_k m_k`, the
-    element of rank k has weight :math:`m_k f_c(r_k)` at :math:`r_k = \sum_{j<k} m_j / (n-1)`, where the
-    divisor is at least 1 and r at most 1. For masks of zeros and ones this is the formula above, exactly.
+    element of rank k has weight :math:`m_k f_c(r_k)` at :math:`r_k = s_k / (n-1)`, :math:`s_k = \sum_{j<k} m_j`,
+    where the divisor is at least 1 and r at most 1. For masks of zeros and ones this is the formula above, exactly.
 
     Args:
         elements: Shape ``(B, N, C)``.

@@ -104,7 +104,8 @@ def chamfer_loss(
       flow; predictions whose mask is 0 do not exist, and a negative mask makes the loss NaN. Where one of the sets is
       empty, the value is 0.
     - ``"bce"``: the same, and the predicted mask is scored against who is the nearest of some target:
-      :math:`w \frac{1}{N} \sum_i \operatorname{BCE}(\hat m_i, [i \text{ is nearest to some } j])` is added.
+      :math:`w \frac{1}{N} \sum_i \operatorname{BCE}(\hat m_i, a_i)` is added, with :math:`a_i` 1 where i is nearest to
+      some j, else 0.
     - ``"logits"``: as ``"bce"`` of the mask's sigmoid.
 
     Values of what is absent, NaN too, are never seen; any other NaN makes the set's loss NaN. Costs are computed in

@@ -88,7 +88,6 @@ CALLS: list[Callable[[], object]] = [
     lambda: paper_decoder(PooledEncoder(2, 64), set_size=5, channels=2)(torch.randn(8, 128)),
     lambda: PooledEncoder(4, 16)(rows[:, :0]),
     lambda: TransformerDecoder(4, 5, 2, 8, layers=1)(rows[:, :0]),
-    lambda: TransformerDecoder(4, 5, 2, 8, layers=1)(rows[:, 0], mask),
     lambda: TransformerDecoder(4, 5, 2, 20),
     lambda: pad_sets([torch.rand(12, 2)], size=10),
     lambda: decoder(scaler=StandardScaler(4)),

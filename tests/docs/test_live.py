@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -61,6 +62,14 @@ def test_onnx_runtime_takes_the_same_steps(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.as_tensor(state[0]), elements[t + 1], **CLOSE)
         torch.testing.assert_close(torch.as_tensor(state[1]), masks[t + 1], **CLOSE)
         torch.testing.assert_close(torch.as_tensor(loss), losses[t], **CLOSE)
+
+
+def test_the_runtime_has_its_licence_beside_it() -> None:
+    (link,) = re.findall(r'href="(_static/live/LICENSE[^"]*)"', (DOCS / "live.md").read_text())
+    licence = (DOCS / link).read_text()
+    assert "Copyright (c) Microsoft Corporation" in licence
+    for name in live.SHA256:  # by the name that it has in the site
+        assert name in licence
 
 
 @pytest.mark.parametrize("name", ["dspn", "mlp"])
