@@ -87,7 +87,9 @@ def draw_trajectory(elements: Tensor, mask: Tensor | None = None, *, ax: Axes | 
     ax = _axes(ax, elements)
     shared = {"linewidth": 1.0, "marker": "o", "markersize": 4.0, "markevery": [-1], **style}
     for i, path in enumerate(_numbers(elements).swapaxes(0, 1)):
-        ax.plot(*path.T, **shared, alpha=None if opacity is None else opacity[-1, i])
+        (line,) = ax.plot(*path.T, **shared)
+        if opacity is not None:
+            line.set_alpha(opacity[-1, i])
     ax.set_aspect("equal")
     return ax
 
@@ -169,9 +171,10 @@ def draw_boxes(
 def draw_diagnosis(diagnosis: Diagnosis, *, ax: Axes | None = None) -> Axes:
     """Draw what :meth:`setpred.DSPNDecoder.diagnose` found: how losses and errors fall, step by step.
 
-    All are shares of what they are at the start, on a logarithmic axis: the representation loss up to T steps, that of
-    the target itself where it is not 0, the set error after 0, T, 2T and 4T steps, and after T steps that start at the
-    target. The title is what the verdicts begin with; print the diagnosis for all of them.
+    All are shares of what they are at the start, on a logarithmic axis: the representation loss up to T steps, the set
+    error after 0, T, 2T and 4T steps, and, where they are not 0, the set error after T steps that start at the target,
+    and the representation loss of the target itself. The title is what the verdicts begin with; print the diagnosis for
+    all of them.
 
     Args:
         diagnosis: What was found.
@@ -197,7 +200,8 @@ def draw_diagnosis(diagnosis: Diagnosis, *, ax: Axes | None = None) -> Axes:
     loss, error, last = diagnosis.loss, torch.tensor(diagnosis.set_error), diagnosis.steps[1]
     ax.plot((loss / loss[0]).numpy(), label="representation loss")
     ax.plot(diagnosis.steps, (error / error[0]).numpy(), "o-", label="set error")
-    ax.plot(last, diagnosis.target_error[1] / error[0].item(), "s", label="set error, begun at the target")
+    if diagnosis.target_error[1] > 0:
+        ax.plot(last, diagnosis.target_error[1] / error[0].item(), "s", label="set error, begun at the target")
     if diagnosis.target_loss > 0:
         ax.axhline(diagnosis.target_loss / loss[0].item(), linestyle=":", label="representation loss of the target")
     ax.set(xlabel="inner step", ylabel="share of the start's", yscale="log")

@@ -88,8 +88,8 @@ def test_trajectory(channels: int) -> None:
 
 
 def test_trajectory_in_a_style() -> None:
-    ax = draw_trajectory(torch.rand(6, 3, 2), color="black", linewidth=3)
-    assert {(line.get_color(), line.get_linewidth(), line.get_alpha()) for line in ax.lines} == {("black", 3, None)}
+    ax = draw_trajectory(torch.rand(6, 3, 2), color="black", linewidth=3, alpha=0.7)
+    assert {(line.get_color(), line.get_linewidth(), line.get_alpha()) for line in ax.lines} == {("black", 3, 0.7)}
 
 
 BOXES = torch.tensor([[0.0, 0.25, 0.5, 0.5], [0.25, 0.0, 1.0, 0.75]])

@@ -34,8 +34,8 @@ LOSSES = {
     "Sinkhorn": lambda cloud: sinkhorn_loss(cloud, target, cost="mse", presence="none"),
     "Hungarian": lambda cloud: hungarian_loss(cloud, target, cost="mse", presence="none"),
 }
-figure, axes = plt.subplots(1, 4, figsize=(11, 2.6), sharex=True, sharey=True)
-for axis, (name, loss) in zip(axes, LOSSES.items(), strict=True):
+figure, axes = plt.subplots(2, 2, figsize=(8, 5), sharex=True, sharey=True)
+for axis, (name, loss) in zip(axes.flat, LOSSES.items(), strict=True):
     cloud = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([cloud], 0.03)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)

@@ -86,14 +86,14 @@ def train(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], steps: int
 torch.manual_seed(0)
 angle = torch.linspace(0, 2 * math.pi / 3, 721)
 inputs, target = triangles(angle)
-figure, axes = plt.subplots(1, 4, figsize=(10, 2.9), sharex=True, sharey=True)
+figure, axes = plt.subplots(2, 2, figsize=(6.4, 5), sharex=True, sharey=True)
 ways = {
     "a list, as it comes": (lister(), as_listed, 1500),
     "a list, sorted": (lister(), as_sorted, 1500),
     "a list, matched": (lister(), matched, 1500),
     "DSPN, matched": (Descent(), matched, 600),
 }
-for axis, (title, (model, loss, steps)) in zip(axes, ways.items(), strict=True):
+for axis, (title, (model, loss, steps)) in zip(axes.flat, ways.items(), strict=True):
     train(model, loss, steps)
     with torch.no_grad():
         pred = model.eval()(inputs)

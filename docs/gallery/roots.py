@@ -56,11 +56,13 @@ apart = (torch.cdist(roots, roots) + 9 * torch.eye(5)).amin((1, 2))
 print(f"distance of the two nearest roots, median: {apart[error < 0.01].median():.2f} where they are found, ", end="")
 print(f"{apart[error >= 0.01].median():.2f} where not yet")
 
-figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), sharex=True, sharey=True)
-for row, axis in zip(apart.topk(3).indices, axes, strict=True):
+# Two whose roots lie apart and whose descent stays near.
+shown = (steps.elements.abs().amax((0, 2, 3)) + 9 * (apart < 0.6)).argsort()
+figure, axes = plt.subplots(1, 2, figsize=(7, 3.8), sharex=True, sharey=True)
+for row, axis in zip(shown[:2], axes, strict=True):
     draw_points(roots[row], ax=axis, s=130, facecolors="none", edgecolors="0.5", linewidths=1.5)
     draw_trajectory(steps.elements[:, row], ax=axis, markersize=6)
-    axis.set(xlabel="real part", xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), aspect="equal")
+    axis.set(xlabel="real part", xlim=(-2, 2), ylim=(-2, 2), aspect="equal")
 axes[0].set_ylabel("imaginary part")
 plt.show()
 

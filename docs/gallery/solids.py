@@ -54,7 +54,7 @@ for _ in range(STEPS):
 # bool mask of the predicted ones leaves out of the matching who is absent.
 
 decoder.eval()
-figure = plt.figure(figsize=(9, 3.1))
+figure = plt.figure(figsize=(8, 3.2))
 for kind, (name, solid) in enumerate(SOLIDS.items()):
     corners, present = turned(torch.full((100,), kind))
     with torch.inference_mode():
@@ -75,6 +75,7 @@ for kind, (name, solid) in enumerate(SOLIDS.items()):
     for i, j in (apart < 1.2 * apart.min()).nonzero().tolist():
         axis.plot(*points[[i, j]].T, color="C0", linewidth=2)
     axis.set(xlim=(-0.8, 0.8), ylim=(-0.8, 0.8), zlim=(-0.8, 0.8), title=name)
+    axis.set_box_aspect(None, zoom=1.5)
     axis.set_axis_off()
 plt.show()
 
