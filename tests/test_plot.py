@@ -141,7 +141,7 @@ def diagnosis(**options: Any) -> setpred.Diagnosis:
 
 
 def test_diagnosis() -> None:
-    found = diagnosis(lr=1e-9)
+    found = diagnosis(lr=0.5)
     ax = draw_diagnosis(found)
     lines = {line.get_label(): line.get_ydata() for line in ax.lines}
     loss = found.loss / found.loss[0]
@@ -152,9 +152,16 @@ def test_diagnosis() -> None:
     assert list(own) == pytest.approx([found.target_loss / float(found.loss[0])] * 2)
     assert ax.lines[1].get_xdata().tolist() == [0, 5, 10, 20]
     assert ax.get_title(loc="left").splitlines() == [verdict.split(":")[0] for verdict in found.verdicts]
-    assert ax.get_title(loc="left").startswith("The descent does not move the set")
     assert ax.get_yscale() == "log"
     ax.figure.canvas.draw()
+
+
+def test_a_diagnosis_without_what_a_logarithm_has_no_place_for() -> None:
+    found = diagnosis(lr=1e-9)
+    ax = draw_diagnosis(found._replace(target_loss=0.0))
+    assert found.target_error[1] == 0
+    assert [line.get_label() for line in ax.lines] == ["representation loss", "set error"]
+    assert ax.get_title(loc="left").startswith("The descent does not move the set")
 
 
 def test_a_diagnosis_of_nothing_and_of_one_blown_up() -> None:

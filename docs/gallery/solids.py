@@ -75,7 +75,7 @@ for kind, (name, solid) in enumerate(SOLIDS.items()):
     for i, j in (apart < 1.2 * apart.min()).nonzero().tolist():
         axis.plot(*points[[i, j]].T, color="C0", linewidth=2)
     axis.set(xlim=(-0.8, 0.8), ylim=(-0.8, 0.8), zlim=(-0.8, 0.8), title=name)
-    axis.set_box_aspect(None, zoom=1.5)
+    axis.set_box_aspect(None, zoom=1.2)
     axis.set_axis_off()
 plt.show()
 
