@@ -70,6 +70,6 @@ for row, (start, end) in zip(axes, pairs, strict=True):
 plt.show()
 
 # %%
-# No pixel is faded in or out, as between two images: points move. Where the right digit has more points than the left
-# one, some come out of the upper left corner, at first faint. That is where absent rows are: padding is zero, and this
-# loss, ``presence="feature"``, asks absent rows to be as padding is.
+# No pixel is faded in or out, as between two images: points move. Those that come or go are faint, and near the upper
+# left corner. That is where absent rows are: padding is zero, and this loss, ``presence="feature"``, asks absent rows to
+# be as padding is.
