@@ -71,5 +71,5 @@ plt.show()
 
 # %%
 # No pixel is faded in or out, as between two images: points move. Those that come or go are faint, and near the upper
-# left corner. That is where absent rows are: padding is zero, and this loss, ``presence="feature"``, asks absent rows to
-# be as padding is.
+# left corner. That is where absent rows are: padding is zero, and this loss, with ``presence="feature"``, asks absent
+# rows to be as padding is.
