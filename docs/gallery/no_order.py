@@ -66,9 +66,9 @@ def as_sorted(pred: Tensor, target: Tensor) -> Tensor:
     return (pred - target.gather(1, order)).square().mean()
 
 
-def train(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], steps: int) -> None:
+def train(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], steps: int, lr: float) -> None:
     """Train on random angles."""
-    optimizer = torch.optim.Adam(model.parameters(), 0.003)
+    optimizer = torch.optim.Adam(model.parameters(), lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         inputs, target = triangles(2 * math.pi * torch.rand(64))
@@ -83,18 +83,19 @@ def train(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], steps: int
 # The same network each time; the last has a decoder that makes no list, and fewer training steps, which cost more. Blue
 # is all that each predicts between 0 and 120 degrees; it should be on the grey circle.
 
-torch.manual_seed(0)
 angle = torch.linspace(0, 2 * math.pi / 3, 721)
 inputs, target = triangles(angle)
 figure, axes = plt.subplots(2, 2, figsize=(6.4, 5), sharex=True, sharey=True)
 ways = {
-    "a list, as it comes": (lister(), as_listed, 1500),
-    "a list, sorted": (lister(), as_sorted, 1500),
-    "a list, matched": (lister(), matched, 1500),
-    "DSPN, matched": (Descent(), matched, 600),
+    "a list, as it comes": (lister, as_listed, 1500, 0.003),
+    "a list, sorted": (lister, as_sorted, 1500, 0.003),
+    "a list, matched": (lister, matched, 1500, 0.003),
+    "DSPN, matched": (Descent, matched, 600, 0.001),
 }
-for axis, (title, (model, loss, steps)) in zip(axes.flat, ways.items(), strict=True):
-    train(model, loss, steps)
+for axis, (title, (make, loss, steps, lr)) in zip(axes.flat, ways.items(), strict=True):
+    torch.manual_seed(0)
+    model = make()
+    train(model, loss, steps, lr)
     with torch.no_grad():
         pred = model.eval()(inputs)
     error = (2 * HungarianLoss("mse", presence="none", reduction="none")(pred, target)).sqrt()
@@ -111,4 +112,5 @@ plt.show()
 # where two corners have the same first coordinate, and a continuous network cuts across. Matched, it is free to choose
 # where it changes places, but somewhere it must, since after 120 degrees all three have moved on by one. The decoder
 # makes no list; of single descents a few end on the way, hence the best of four. At most angles the matched list is the
-# more exact one.
+# more exact one, and it trains more surely: of seeds 0, 1 and 2, tried beforehand, DSPN had not learned the task with 1
+# after these 600 steps (median 0.13), with the others it was nowhere above 0.1.
