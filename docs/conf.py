@@ -76,7 +76,7 @@ napoleon_custom_sections = [("Source", "notes")]
 nitpicky = True
 nitpick_ignore_regex = [
     # Names of Python's and PyTorch's own that appear in signatures; their inventories are on the net.
-    (r"py:.*", r"(collections|functools|numbers|typing|typing_extensions|types)\..*"),
+    (r"py:.*", r"(collections|functools|matplotlib|numbers|typing|typing_extensions|types)\..*"),
     (r"py:.*", r"torch\..*"),
     (
         r"py:.*",
@@ -84,7 +84,7 @@ nitpick_ignore_regex = [
         r"Optional|Protocol|Self|Sequence|Union|optional|TypeError|ValueError|RuntimeError|ModuleNotFoundError|"
         r"ImportError|NotImplementedError|FileNotFoundError|OSError|os\.PathLike|PathLike|pathlib\..*|Path)",
     ),
-    (r"py:.*", r"(Tensor|_Tensors|Y|.*\.Y|onnx.*)"),
+    (r"py:.*", r"(Axes|Tensor|_Tensors|Y|.*\.Y|onnx.*)"),
     # Aliases of Literal and of callables, spelled out in the docstrings.
     (r"py:.*", r".*\b(Cost|Init|Kind|Matching|PoolName|Presence|Project|Reduction|Rule|SetLoss|Solver)"),
     (r"py:.*", r"setpred(\.\w+)*\._\w+"),
@@ -116,6 +116,7 @@ intersphinx_mapping = {"torch": ("https://docs.pytorch.org/docs/stable/", "_buil
 MODULES = ["setpred", "setpred.functional", "setpred.metrics"]
 if importlib.util.find_spec("setpred.export"):
     MODULES.append("setpred.export")
+MODULES.append("setpred.plot")
 SUBMODULES = ("functional", "metrics")  # in setpred.__all__, with a page of their own
 
 

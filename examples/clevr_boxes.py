@@ -14,7 +14,7 @@ import argparse
 
 import common.requirements  # noqa: F401
 from common.batches import Batch
-from common.box_pictures import draw_boxes
+from common.box_pictures import draw_box_grid
 from common.clevr_task import ClevrExperiment
 from common.decoders import DESCENT
 from common.engine import Predictions, Scores, run
@@ -69,7 +69,7 @@ class ClevrBoxes(ClevrExperiment):
             columns |= {f"step {t}": prediction for t, prediction in model.after(batch, shown).items()}
         else:
             columns[options.decoder] = model(batch)[0][:2]
-        draw_boxes(batch.images, columns, self.source(options), options.out / "boxes.png")
+        draw_box_grid(batch.images, columns, self.source(options), options.out / "boxes.png")
 
 
 if __name__ == "__main__":

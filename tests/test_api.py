@@ -10,9 +10,11 @@ import setpred
 import setpred.export
 import setpred.functional
 import setpred.metrics
+import setpred.plot
 
 NAMES = [(setpred, name) for name in setpred.__all__ if name not in ("functional", "metrics")]
-NAMES += [(module, name) for module in (setpred.functional, setpred.metrics, setpred.export) for name in module.__all__]
+MODULES = (setpred.functional, setpred.metrics, setpred.export, setpred.plot)
+NAMES += [(module, name) for module in MODULES for name in module.__all__]
 EVERY_NAME = pytest.mark.parametrize(("module", "name"), NAMES, ids=[f"{m.__name__}.{n}" for m, n in NAMES])
 
 # What users rely on: names, order, kinds and defaults of arguments. There may be more, by keyword only.
@@ -153,7 +155,7 @@ def documented(value: object) -> list[str]:
     """Names in the section `Args`."""
     _, _, rest = (inspect.getdoc(value) or "").partition("Args:\n")
     lines = rest.split("\n\n")[0].splitlines()
-    return [line.strip().split(":")[0] for line in lines if line.startswith("    ") and line[4] != " "]
+    return [line.strip().split(":")[0].lstrip("*") for line in lines if line.startswith("    ") and line[4] != " "]
 
 
 def arguments(value: object) -> list[str]:

@@ -11,7 +11,7 @@ from difflib import unified_diff
 from pathlib import Path
 
 SNAPSHOT = Path(__file__).with_name("api.txt")
-MODULES = ["setpred", "setpred.functional", "setpred.metrics", "setpred.export"]
+MODULES = ["setpred", "setpred.functional", "setpred.metrics", "setpred.export", "setpred.plot"]
 
 
 def signature(of: object) -> str:

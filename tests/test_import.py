@@ -9,7 +9,7 @@ EXTRAS += ["lightning", "transformers", "huggingface_hub", "hypothesis", "pytest
 PROGRAM = """
 import sys, torch, numpy, scipy
 before = set(sys.modules)
-import setpred, setpred.functional, setpred.metrics, setpred.export
+import setpred, setpred.functional, setpred.metrics, setpred.export, setpred.plot
 print(*{name.split(".")[0] for name in set(sys.modules) - before})
 """
 

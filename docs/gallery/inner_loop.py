@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from setpred import DSPNDecoder, DSPNLoss, HungarianLoss, PooledEncoder
+from setpred.plot import draw_diagnosis
 
 
 def rings(count: int) -> Tensor:
@@ -65,3 +66,13 @@ plt.show()
 #
 # An encoder adapts its scale to the inner learning rate that it is trained with, so that a trained network forgives a
 # wrong one more than this picture of a changed one suggests. Look at the curves of your own training.
+
+# %%
+# :meth:`setpred.DSPNDecoder.diagnose` judges them for you. Of the smallest learning rate it says:
+
+decoder.lr = 1.0
+# sphinx_gallery_thumbnail_number = 2
+diagnosis = decoder.diagnose(encoder(target), target, set_loss=HungarianLoss("mse", presence="none"))
+print(diagnosis)
+draw_diagnosis(diagnosis)
+plt.show()

@@ -8,11 +8,11 @@ as "no object". Who is given to whom depends on what is matched by: that need no
 
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.patches import Rectangle
 from torch.nn import functional as F
 
 from setpred import linear_assignment, on_channels, sum_costs
 from setpred.functional import box_cost, matched_pairs, probability_cost
+from setpred.plot import draw_boxes
 
 # %%
 # Three objects of two classes, and seven queries: two near each object, one far from all. An element is a box (left,
@@ -50,23 +50,19 @@ def centre(element: torch.Tensor) -> torch.Tensor:
     return element[:4].view(2, 2).mean(0)
 
 
-figure, axes = plt.subplots(1, 3, figsize=(10, 2.4), sharex=True, sharey=True)
-for axis, (title, matching) in zip(axes, matchings.items(), strict=True):
-    for j, colour in enumerate(classes[0].tolist()):
-        left, top, right, bottom = target[0, j, :4].tolist()
-        axis.add_patch(Rectangle((left, top), right - left, bottom - top, color=f"C{colour}", alpha=0.25, linewidth=0))
-    for i, colour in enumerate(label[0].tolist()):
-        left, top, right, bottom = pred[0, i, :4].tolist()
-        style = "-" if matching[0, i] >= 0 else (0, (2, 3))
-        outline = {"fill": False, "edgecolor": f"C{colour}", "linestyle": style, "linewidth": 1.5}
-        axis.add_patch(Rectangle((left, top), right - left, bottom - top, **outline))
+figure, axes = plt.subplots(2, 2, figsize=(8, 4.4), sharex=True, sharey=True)
+axes[1, 1].set_axis_off()
+for axis, (title, matching) in zip(axes.flat, matchings.items(), strict=False):
+    draw_boxes(target[0, :, BOX], ax=axis, facecolors=[f"C{c}" for c in classes[0]], alpha=0.25, linewidths=0)
+    styles = ["-" if j >= 0 else (0, (2, 3)) for j in matching[0]]
+    draw_boxes(pred[0, :, BOX], ax=axis, edgecolors=[f"C{c}" for c in label[0]], linestyles=styles)
     _, row, column = matched_pairs(matching)
     for i, j in zip(row.tolist(), column.tolist(), strict=True):
         ends = torch.stack([centre(pred[0, i]), centre(target[0, j])])
         axis.plot(*ends.T, color="0.5", linewidth=2)
         axis.plot(*ends[0], "o", color=f"C{label[0, i]}", markersize=6)
         axis.plot(*ends[1], "s", color=f"C{classes[0, j]}", markersize=5)
-    axis.set(title=title, aspect="equal", xlim=(0, 8.1), ylim=(4, 0))
+    axis.set(title=title, xlim=(0, 8.1), ylim=(4, 0))
     axis.set_axis_off()
 plt.show()
 

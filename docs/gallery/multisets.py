@@ -13,6 +13,7 @@ import torch
 
 from setpred import GradientDescent, PooledEncoder
 from setpred.functional import descend
+from setpred.plot import draw_points, draw_trajectory
 
 target = torch.tensor([[[-1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])
 start = torch.zeros(1, 3, 2)  # three times the same point
@@ -31,10 +32,9 @@ for axis, pool in zip(axes, ("sum", "fspool"), strict=True):
             record=True,
         ).trajectory[:, 0]
     for i, marker in enumerate("o^s"):
-        (line,) = axis.plot(*steps[:, i].T, linewidth=1)
-        axis.plot(*steps[-1, i], marker, color=line.get_color(), markersize=9, alpha=0.7)
-    axis.scatter(*target[0].T, s=160, facecolors="none", edgecolors="0.5")
-    axis.set(title=f"pool={pool!r}", aspect="equal")
+        draw_trajectory(steps[:, i : i + 1], ax=axis, marker=marker, markersize=9, alpha=0.7)
+    draw_points(target[0], ax=axis, s=160, facecolors="none", edgecolors="0.5")
+    axis.set(title=f"pool={pool!r}")
     parted = len(steps[-1].round(decimals=3).unique(dim=0))
     print(f"{pool:7} distinct elements at the end: {parted}")
 plt.show()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from setpred import chamfer_loss, hungarian_loss, sinkhorn_loss
 from setpred.functional import nearest_neighbours, pairwise_cost
+from setpred.plot import draw_points
 
 # %%
 # Three targets; of four predictions, two crowd around one target, and one target is missed by all.
@@ -48,16 +49,18 @@ panels: dict[str, tuple[Tensor, Tensor]] = {
     "Chamfer": (chamfer, nearest),
     "Sinkhorn": (sinkhorn, transport.plan[0]),
 }
-figure, axes = plt.subplots(1, 3, figsize=(10, 2.6), sharex=True, sharey=True)
-for axis, (name, (loss, weight)) in zip(axes, panels.items(), strict=True):
+figure, axes = plt.subplots(2, 2, figsize=(7, 4.4), sharex=True, sharey=True)
+*drawn, legend = axes.flat
+for axis, (name, (loss, weight)) in zip(drawn, panels.items(), strict=True):
     print(f"{name:9}  loss {loss:.3f}  weights times costs {(weight * cost).sum():.3f}")
     for i, j in (weight > 0.003).nonzero().tolist():
         ends = torch.stack([pred[0, i], target[0, j]])
         axis.plot(*ends.T, color="0.6", linewidth=14 * weight[i, j].item(), solid_capstyle="round", zorder=1)
-    axis.scatter(*target[0].T, s=110, facecolors="none", edgecolors="C0", linewidths=2, label="target", zorder=3)
-    axis.scatter(*pred[0].T, s=45, marker="s", color="C1", label="prediction", zorder=2)
-    axis.set(title=f"{name}: {loss:.3f}", aspect="equal", xlim=(-0.4, 2.3), ylim=(-0.25, 1.25))
-axes[0].legend(loc="upper right", fontsize=8)
+    draw_points(target[0], ax=axis, s=110, facecolors="none", edgecolors="C0", linewidths=2, label="target", zorder=3)
+    draw_points(pred[0], ax=axis, s=45, marker="s", color="C1", label="prediction", zorder=2)
+    axis.set(title=f"{name}: {loss:.3f}", xlim=(-0.4, 2.3), ylim=(-0.25, 1.25))
+legend.legend(*drawn[0].get_legend_handles_labels(), loc="center")
+legend.set_axis_off()
 plt.show()
 
 # %%

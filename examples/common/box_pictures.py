@@ -7,11 +7,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from setpred.plot import draw_boxes
 
-def draw_boxes(images: Tensor, columns: Mapping[str, tuple[Tensor, Tensor]], title: str, path: Path) -> None:
+
+def draw_box_grid(images: Tensor, columns: Mapping[str, tuple[Tensor, Tensor]], title: str, path: Path) -> None:
     """Draw one image a row and one set of boxes a column; a box is as opaque as its mask.
 
     Args:
@@ -20,8 +21,6 @@ def draw_boxes(images: Tensor, columns: Mapping[str, tuple[Tensor, Tensor]], tit
         title: What the data is.
         path: Where to write the PNG.
     """
-    size = images.shape[-1]
-    pictures = images.permute(0, 2, 3, 1).cpu().numpy()
     figure, axes = plt.subplots(
         len(images),
         len(columns),
@@ -29,24 +28,11 @@ def draw_boxes(images: Tensor, columns: Mapping[str, tuple[Tensor, Tensor]], tit
         squeeze=False,
         layout="constrained",
     )
-    colours = plt.get_cmap("tab10").colors
-    for row, picture in enumerate(pictures):
+    for row, image in enumerate(images):
         for axis, (name, (boxes, mask)) in zip(axes[row], columns.items(), strict=True):
-            axis.imshow(picture, extent=(0, 1, 1, 0), interpolation="nearest" if size < 64 else "bilinear")
-            for slot, (box, presence) in enumerate(zip(boxes[row].tolist(), mask[row].tolist(), strict=True)):
-                left, top, right, bottom = box
-                axis.add_patch(
-                    Rectangle(
-                        (left, top),
-                        right - left,
-                        bottom - top,
-                        fill=False,
-                        linewidth=1.4,
-                        edgecolor="white" if name == "target" else colours[slot % 10],
-                        alpha=min(max(presence, 0.0), 1.0),
-                    )
-                )
-            axis.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])
+            style = {"edgecolors": "white"} if name == "target" else {}
+            draw_boxes(boxes[row], mask[row], image=image, normalized=True, ax=axis, **style)
+            axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
             if row == 0:
                 axis.set_title(name, fontsize=8)

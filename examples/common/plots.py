@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 from torch import Tensor
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from setpred.plot import draw_points
 
 
 def draw_set_grid(
@@ -26,11 +27,8 @@ def draw_set_grid(
     figure, axes = plt.subplots(len(rows), len(titles), figsize=size, squeeze=False, layout="constrained")
     for row, cells in zip(axes, rows, strict=True):
         for axis, (elements, mask) in zip(row, cells, strict=True):
-            x, y = elements.T.numpy()
-            colours = np.zeros((len(x), 4))
-            colours[:, 3] = mask.float().clamp(0, 1).numpy()
-            axis.scatter(x, y, s=point, c=colours, linewidths=0)
-            axis.set(xlim=(-0.15, 1.15), ylim=(1.15, -0.15), xticks=[], yticks=[], aspect="equal")
+            draw_points(elements, mask.nan_to_num(), ax=axis, s=point, color="black", linewidths=0)
+            axis.set(xlim=(-0.15, 1.15), ylim=(1.15, -0.15), xticks=[], yticks=[])
             for spine in axis.spines.values():
                 spine.set_color("0.8")
     for axis, title in zip(axes[0], titles, strict=True):

@@ -1,9 +1,11 @@
 """The errors that the FAQ explains are those that users see."""
 
 import re
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -31,6 +33,7 @@ from setpred import (
 )
 from setpred.functional import assignment, matched_pairs
 from setpred.metrics import average_precision
+from setpred.plot import draw_points
 from tests.rules import paper_decoder
 
 # An entry of the FAQ's list: the message between backticks, then what to do.
@@ -49,6 +52,11 @@ def decoder(**options: object) -> DSPNDecoder:
 
 def train(encoder: Callable[..., torch.Tensor], width: int = 5) -> None:
     paper_decoder(encoder, set_size=5, channels=2)(torch.randn(3, width)).elements.sum().backward()
+
+
+def draw_without_matplotlib() -> None:
+    with patch.dict(sys.modules, {"matplotlib.pyplot": None}):
+        draw_points(torch.rand(3, 2))
 
 
 def decode_in_inference_mode() -> None:
@@ -141,6 +149,7 @@ CALLS: list[Callable[[], object]] = [
     lambda: average_precision(rows, torch.rand(8, 10), rows, pred_mask=torch.rand(8, 10)),
     lambda: torch.func.vmap(matched_pairs)(torch.zeros(2, 3, 5, dtype=torch.long)),
     lambda: linear_assignment(torch.rand(1, 2, 2), solver="cuda"),
+    draw_without_matplotlib,
     lambda: train(lambda elements, mask: torch.cdist(elements, elements).sum(-1) * mask),
 ]
 
