@@ -1,0 +1,351 @@
+"""The iDSPN paper's two experiments with multisets: class-specific numbering, and random multisets.
+
+Numbering: a multiset of 64 elements of 4 classes is given, and each element is to get its number among those of its
+class, in any order. A function that maps equal elements to equal ones, as self-attention does, cannot. A decoder by
+descent starts from random numbers beside the given classes, and moves them apart. Random multisets: normal points are
+autoencoded. Every decoder trains for the same seconds of one core, from the same settings for all tasks.
+
+    python examples/multisets.py                                  # about an hour of one core
+    python examples/multisets.py --tasks 16x4-6400 --seconds 20   # one task, quick to learn
+    python examples/multisets.py --report                         # tables of what is there, no training
+
+Each run is one process of one thread, and leaves one JSON file in --out. What is there is not made again: give the
+command again to go on.
+"""
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any, Literal, NamedTuple
+
+import common.requirements  # noqa: F401
+import torch
+from common import trial
+from common.arguments import count, positive
+from common.batches import Batch
+from common.checkpoint import write_json
+from common.models import SetPredictor
+from common.numbering import Loss, draw_numbered, given_classes_loss, pair_loss, score_numbers
+from common.numbering_models import WIDTH, Attended, EachNumbered, Given, InOrder, Numberer
+from common.processes import side_by_side
+from common.report import mean_and_spread, table
+from common.tasks import Data, Figure, Sources, Task
+from common.trial import LATENT, Budget, MakeDecoder, learn, make_model
+from common.trial import WIDTH as HIDDEN
+from torch import Tensor, nn
+
+import setpred
+from setpred import DSPNDecoder, GradientDescent, LSTMDecoder, MLPDecoder, TransformerDecoder, hungarian_loss
+from setpred.functional import cross_entropy_cost, euclidean_cost
+
+TESTED = 500
+QUICK_STEPS = 2
+
+
+def numbering(size: int, classes: int, samples: int) -> Task:
+    """Make the task of numbering multisets, of so many samples."""
+
+    def load(sources: Sources) -> Data:
+        counts = (samples, TESTED, TESTED)
+        generators = (torch.Generator().manual_seed(seed) for seed in range(3))
+        return Data(
+            *(draw_numbered(sources.limit(n), size, classes, g) for n, g in zip(counts, generators, strict=True))
+        )
+
+    figures = {"sets": Figure("sets, %", 100, 1, True), "elements": Figure("elements, %", 100, 1, True)}
+    return Task(
+        f"{size} elements of {classes} classes, {samples:,} samples",
+        size,
+        size + classes,
+        load,
+        score_numbers,
+        figures,
+        batch_size=16,
+    )
+
+
+def random_multisets(size: int, channels: int) -> Task:
+    """Make the task of autoencoding independent normal points, new ones for every batch."""
+
+    def draw(count: int, generator: torch.Generator) -> Batch:
+        points = torch.randn(count, size, channels, generator=generator)
+        return Batch(points, torch.ones(count, size, dtype=torch.bool))
+
+    def load(sources: Sources) -> Data:
+        parts = (draw(sources.limit(TESTED), torch.Generator().manual_seed(seed)) for seed in (-1, -2))
+        return Data(draw, *parts)
+
+    def loss(elements: Tensor, target: Tensor, *masks: Tensor) -> Tensor:
+        return hungarian_loss(elements, target, presence="none")
+
+    def score(*sets: Tensor) -> dict[str, float]:
+        elements, _, target, _ = sets
+        return {"error": loss(elements, target).item()}
+
+    figures = {"error": Figure("error x 1000", 1000, 2)}
+    return Task(f"{size} points of {channels} coordinates", size, channels, load, score, figures, loss=loss)
+
+
+class Contestant(NamedTuple):
+    """A decoder as it takes part in an experiment, the same for all tasks."""
+
+    what: str
+    make: Callable[[Task], SetPredictor]
+    lr: float  # of Adam
+    loss: Loss | None = None  # if not the task's
+
+
+def descent(make: Callable[..., DSPNDecoder], **options: Any) -> Callable[[Task], SetPredictor]:
+    """Number elements by descent."""
+    make = partial(make, iters=10, eval_iters=20, **options)
+    return lambda task: Numberer(task.set_size, task.channels - task.set_size, make)
+
+
+def each(make: Callable[[int], nn.Module], width: int) -> Callable[[Task], SetPredictor]:
+    """Number each element in its place."""
+    return lambda task: SetPredictor(Given(), EachNumbered(make(task.channels - task.set_size), width, task.set_size))
+
+
+def from_queries(queries: Literal["learned", "random"]) -> Callable[[Task], SetPredictor]:
+    """Predict numbers and classes by a transformer that sees the elements as tokens."""
+
+    def make(task: Task) -> SetPredictor:
+        tokens = nn.Sequential(Given(), Attended(task.channels - task.set_size, layers=2))
+        size, channels = task.set_size, task.channels
+        return SetPredictor(
+            tokens, TransformerDecoder(WIDTH, size, channels, WIDTH, layers=2, queries=queries, mask_clamp=None)
+        )
+
+    return make
+
+
+def autoencoded(make: MakeDecoder) -> Callable[[Task], SetPredictor]:
+    """Decode the vector that a set encoder makes of points."""
+    return lambda task: make_model(task, trial.Contestant(make, {}))
+
+
+MOMENTUM = GradientDescent(1.0, momentum=0.9, nesterov=True, grad_clip=40.0)
+of_probabilities, of_logits = given_classes_loss(euclidean_cost), given_classes_loss(cross_entropy_cost)
+CONTESTANTS = {
+    "numbering": {
+        "dspn": Contestant("DSPN, recommended", descent(DSPNDecoder.recommended), 3e-2, of_probabilities),
+        "idspn": Contestant("iDSPN", descent(DSPNDecoder.idspn, lr=MOMENTUM), 3e-2, of_probabilities),
+        "unrolled": Contestant(
+            "DSPN, unrolled", descent(DSPNDecoder, lr=1.0, repr_loss="mse", init="random"), 3e-2, of_probabilities
+        ),
+        "learned": Contestant("transformer, learned queries", from_queries("learned"), 1e-3, pair_loss),
+        "random": Contestant("transformer, random queries", from_queries("random"), 1e-3, pair_loss),
+        "attention": Contestant(
+            "self-attention of the elements", each(lambda classes: Attended(classes, 4), WIDTH), 1e-3, of_logits
+        ),
+        "lstm": Contestant("bidirectional LSTM", each(InOrder, 2 * WIDTH), 1e-3, of_logits),
+    },
+    "random": {
+        "dspn": Contestant(
+            "DSPN, recommended",
+            autoencoded(
+                lambda encoder, n, d: DSPNDecoder.recommended(encoder, set_size=n, channels=d, mask_clamp=None)
+            ),
+            1e-2,
+        ),
+        "idspn": Contestant(
+            "iDSPN",
+            autoencoded(
+                lambda encoder, n, d: DSPNDecoder.idspn(
+                    encoder, set_size=n, channels=d, mask_clamp=None, init="learned", anchor=0.1
+                )
+            ),
+            1e-2,
+        ),
+        "unrolled": Contestant(
+            "DSPN, unrolled",
+            autoencoded(
+                lambda encoder, n, d: DSPNDecoder(
+                    encoder, lr=1.0, set_size=n, channels=d, mask_clamp=None, repr_loss="mse"
+                )
+            ),
+            1e-2,
+        ),
+        "mlp": Contestant("MLP", autoencoded(lambda _, n, d: MLPDecoder(LATENT, n, d, HIDDEN, mask_clamp=None)), 1e-3),
+        "lstm": Contestant(
+            "LSTM", autoencoded(lambda _, n, d: LSTMDecoder(LATENT, n, d, HIDDEN, mask_clamp=None)), 1e-3
+        ),
+    },
+}
+NUMBERING = {
+    f"{size}x{classes}-{samples}": numbering(size, classes, samples)
+    for size, classes in ((16, 4), (64, 4), (64, 8))
+    for samples in (640, 6_400, 64_000)
+}
+RANDOM = {f"random-{n}x{d}": random_multisets(n, d) for n in (8, 32) for d in (2, 8)}
+TASKS = NUMBERING | RANDOM
+BY_DEFAULT = ["16x4-640", "16x4-6400", "64x4-640", "64x4-6400", *RANDOM]
+
+
+def experiment(task: str) -> str:
+    """Name the experiment that a task belongs to."""
+    return "numbering" if task in NUMBERING else "random"
+
+
+class Run(NamedTuple):
+    """One training."""
+
+    task: str
+    decoder: str
+    seed: int
+
+    def file(self, out: Path) -> Path:
+        """Where its results are."""
+        return out / "runs" / f"{self.task}-{self.decoder}-seed{self.seed}.json"
+
+    def result(self, out: Path) -> dict[str, Any] | None:
+        """What came of it, if it is finished."""
+        path = self.file(out)
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def perform(run: Run, options: argparse.Namespace) -> None:
+    """Train and evaluate on one core, write what came of it, and print a line."""
+    torch.set_num_threads(1)
+    torch.manual_seed(run.seed)
+    task, contestant = TASKS[run.task], CONTESTANTS[experiment(run.task)][run.decoder]
+    data = task.load(Sources(Path(), None, options.quick))
+    judged = task if contestant.loss is None else task._replace(loss=contestant.loss)
+    result = learn(
+        judged, data, contestant.make(task), {"test": {}}, lr=contestant.lr, seed=run.seed, budget=budget_of(options)
+    )
+    about = {"torch": torch.__version__, "setpred": setpred.__version__, "machine": platform.platform()}
+    write_json(run.file(options.out), run._asdict() | {"budget": budget_of(options)._asdict()} | result | about)
+    print(
+        f"{run.file(options.out).stem}: {result['steps']:,} steps, {task.selection} {result['final']:.4g}", flush=True
+    )
+
+
+def budget_of(options: argparse.Namespace) -> Budget:
+    """Say how long a run trains."""
+    return Budget(options.seconds, QUICK_STEPS if options.quick else None)
+
+
+def check_budgets(options: argparse.Namespace) -> None:
+    """Refuse results that were made with another budget: they are not comparable."""
+    for path in (options.out / "runs").glob("*.json"):
+        if Budget(**json.loads(path.read_text())["budget"]) != budget_of(options):
+            raise SystemExit(f"{path} was made with another --seconds or --quick: give another --out")
+
+
+def train(options: argparse.Namespace) -> int:
+    """Do the runs that are not there, in the order of seeds, so that what is done is comparable; count the failed."""
+    runs = [
+        Run(task, decoder, seed)
+        for seed in range(options.seeds)
+        for task in options.tasks
+        for decoder in CONTESTANTS[experiment(task)]
+        if decoder in options.decoders
+    ]
+    todo = [run for run in runs if not run.file(options.out).exists()]
+    if options.quick:  # to start a process takes longer than all that it does
+        for run in todo:
+            perform(run, options)
+        return 0
+    return side_by_side([partial(perform, run, options) for run in todo], options.workers)
+
+
+def report(options: argparse.Namespace) -> str:
+    """Make a table of what is there for each experiment: a row for each decoder, columns for tasks and their scores."""
+    tables = []
+    for name, contestants in CONTESTANTS.items():
+        tasks = [task for task in options.tasks if experiment(task) == name]
+        rows = []
+        for decoder, contestant in contestants.items():
+            found = {task: results_of(task, decoder, options) for task in tasks}
+            if not any(found.values()):
+                continue
+            cells = [
+                mean_and_spread([figure.factor * r["test"]["test"][score] for r in found[task]], figure.digits)
+                if found[task]
+                else "-"
+                for task in tasks
+                for score, figure in TASKS[task].figures.items()
+            ]
+            of = [result for results in found.values() for result in results]
+            steps = f"{mean(result['steps'] for result in of):,.0f}"
+            rows.append([contestant.what, *cells, steps])
+        header = [
+            "decoder",
+            *(f"{task}: {figure.heading}" for task in tasks for figure in TASKS[task].figures.values()),
+        ]
+        if rows:
+            tables.append(table([*header, "training steps"], rows))
+    return "\n\n".join(tables) or "nothing is finished"
+
+
+def results_of(task: str, decoder: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Read the results from all seeds, as far as they are there."""
+    runs = (Run(task, decoder, seed) for seed in range(options.seeds))
+    return [result for run in runs if (result := run.result(options.out)) is not None]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train what is not there yet, and report."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    what = parser.add_argument_group("what is run")
+    what.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=list(TASKS),
+        default=BY_DEFAULT,
+        metavar="TASK",
+        help=f"of {' '.join(TASKS)} (default: {' '.join(BY_DEFAULT)})",
+    )
+    decoders = list(dict.fromkeys(name for contestants in CONTESTANTS.values() for name in contestants))
+    what.add_argument("--decoders", nargs="+", choices=decoders, default=decoders, help="(default: all)")
+    what.add_argument("--seeds", type=count, default=3, metavar="N", help="0..N-1 (default: %(default)s)")
+    what.add_argument(
+        "--seconds",
+        type=positive,
+        default=40.0,
+        metavar="S",
+        help="processor time that a run trains (default: %(default)g)",
+    )
+    what.add_argument("--quick", action="store_true", help="a few steps on little data: shows that it runs")
+    what.add_argument("--report", action="store_true", help="tables of what is there, no training")
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "--out", type=Path, metavar="DIR", help="results (default: out/multisets, with --quick out/multisets-quick)"
+    )
+    where.add_argument(
+        "--workers", type=count, default=os.cpu_count() or 1, metavar="N", help="runs side by side (default: all cores)"
+    )
+    options = parser.parse_args(arguments)
+    options.out = options.out or Path(f"out/multisets{'-quick' if options.quick else ''}")
+    options.tasks = list(dict.fromkeys(options.tasks))
+    try:
+        (options.out / "runs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(str(error))
+    failed = 0
+    if not options.report:
+        check_budgets(options)
+        try:
+            failed = train(options)
+        except KeyboardInterrupt:
+            raise SystemExit("\ninterrupted; the same command goes on") from None
+    text = report(options)
+    print(f"\n{text}")
+    (options.out / "multisets.md").write_text(text + "\n")
+    if failed:
+        raise SystemExit(f"{failed} runs failed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+import json
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+pytest.importorskip("accelerate")
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+
+import multisets
+from common.batches import Batch
+from common.numbering import channels, draw_numbered, given_classes_loss, pair_loss, score_numbers
+from common.numbering_models import to_simplex
+
+from setpred import linear_assignment
+from setpred.functional import cross_entropy_cost, euclidean_cost
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+NUMBERERS = multisets.CONTESTANTS["numbering"]
+SMALL = multisets.numbering(6, 2, 8)
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def sets(count=5, size=6, classes=2, seed=0):
+    return draw_numbered(count, size, classes, torch.Generator().manual_seed(seed))
+
+
+def shuffled(elements):
+    return elements[:, torch.randperm(elements.shape[1])]
+
+
+def test_elements_of_a_class_are_numbered_from_zero():
+    elements, mask, _ = sets()
+    assert mask.all()
+    numbers, classes = (elements[..., part] for part in channels(elements))
+    assert numbers.shape == (5, 6, 6)
+    assert classes.shape == (5, 6, 2)
+    for number, kind in zip(numbers.argmax(-1), classes.argmax(-1), strict=True):
+        for k in range(2):
+            assert number[kind == k].tolist() == list(range(int((kind == k).sum())))
+
+
+def test_scores_are_of_multisets():
+    target, mask, _ = sets()
+    assert score_numbers(shuffled(3 * target - 1), mask, target, mask) == {"sets": 1, "elements": 1}
+    wrong = target.clone()
+    wrong[0, :2, :6] = torch.eye(6)[5]  # both elements of set 0 that come first get a number that there is not
+    assert score_numbers(wrong, mask, target, mask) == pytest.approx({"sets": 4 / 5, "elements": 28 / 30})
+    twice = target.clone()
+    twice[0, 1] = twice[0, 0]  # a pair that is there, but once
+    assert score_numbers(twice, mask, target, mask) == pytest.approx({"sets": 4 / 5, "elements": 29 / 30})
+
+
+def test_sets_that_are_right_are_those_of_the_papers_accuracy():
+    target, mask, _ = sets(40)
+    numbers, classes = channels(target)
+    torch.manual_seed(0)
+    pred = shuffled(target)
+    pred[..., numbers] += 0.3 * torch.randn(40, 6, 6)
+    apart = 1e3 * (1 - pred[..., classes] @ target[..., classes].mT)
+    matching = linear_assignment(cross_entropy_cost(pred[..., numbers], target[..., numbers]) + apart)
+    wanted = target[..., numbers].argmax(-1).gather(1, matching)
+    papers = (pred[..., numbers].argmax(-1) == wanted).all(1).float().mean().item()
+    assert 0.1 < papers < 0.9
+    assert score_numbers(pred, mask, target, mask)["sets"] == pytest.approx(papers)
+
+
+def test_given_classes_are_matched_among_themselves():
+    target, mask, _ = sets()
+    numbers, classes = channels(target)
+    pred = shuffled(target)
+    loss = given_classes_loss(euclidean_cost)
+    assert loss(pred, target, mask, mask) == 0
+    # All numbers of one class are its 0: the others of it are charged, though another class may have such numbers.
+    pred[..., numbers] = torch.eye(6)[0]
+    repeated = (target[..., numbers].argmax(-1) > 0).float().mean()
+    torch.testing.assert_close(loss(pred, target, mask, mask), 2**0.5 * repeated)
+
+
+def test_where_classes_are_predicted_they_are_charged():
+    target, mask, _ = sets()
+    assert pair_loss(100 * shuffled(target), target, mask, mask) < 1e-6
+    logits = 100 * target
+    logits[..., channels(target)[1]] = 0
+    torch.testing.assert_close(pair_loss(logits, target, mask, mask), torch.tensor(2.0).log())
+
+
+def test_simplex_projection_is_the_nearest_point():
+    torch.manual_seed(0)
+    rows = 2 * torch.randn(50, 7, dtype=torch.float64)
+    nearest = to_simplex(rows)
+    torch.testing.assert_close(nearest.sum(-1), torch.ones(50, dtype=torch.float64))
+    assert nearest.min() == 0
+    # Optimality: the gradient of the distance is least, and the same, wherever there is something.
+    gradient = nearest - rows
+    least = gradient.amin(-1, keepdim=True)
+    torch.testing.assert_close(gradient.where(nearest > 0, least), least.expand_as(gradient))
+    assert (gradient >= least).all()
+    assert gradcheck(to_simplex, rows.requires_grad_())
+
+
+@pytest.mark.parametrize("name", ["dspn", "idspn", "unrolled"])
+def test_descent_parts_equal_elements_and_keeps_classes(name):
+    torch.manual_seed(0)
+    model = NUMBERERS[name].make(SMALL)
+    batch = Batch(*sets()[:2])
+    (elements, _, _), _ = model(batch)
+    numbers, classes = channels(elements)
+    assert torch.equal(elements[..., classes], batch.elements[..., classes])
+    torch.testing.assert_close(elements[..., numbers].sum(-1), torch.ones(5, 6))
+    assert not torch.equal(elements[:, 0, numbers], elements[:, 1, numbers])
+    NUMBERERS[name].loss(elements, *batch[:1], *batch[1:2] * 2).backward()
+    for part in (model.source, model.decoder.encoder):
+        assert all(parameter.grad.abs().max() > 0 for parameter in part.parameters())
+
+
+def test_self_attention_gives_equal_elements_equal_numbers():
+    torch.manual_seed(0)
+    batch = Batch(*sets()[:2])
+    (elements, _, _), _ = NUMBERERS["attention"].make(SMALL)(batch)
+    numbers, classes = channels(elements)
+    same = batch.elements[..., classes] @ batch.elements[..., classes].mT == 1
+    distance = torch.cdist(elements[..., numbers], elements[..., numbers])
+    assert distance[same].max() < 1e-5 < distance[~same].min()
+
+
+def test_order_of_the_elements_is_of_no_importance_to_those_that_see_tokens():
+    batch = Batch(*sets()[:2])
+    model = NUMBERERS["learned"].make(SMALL)
+    torch.testing.assert_close(
+        model(batch)[0].elements, model(batch._replace(elements=shuffled(batch.elements)))[0].elements
+    )
+
+
+def test_quick_run_is_gone_on_with(tmp_path, monkeypatch, capsys):
+    arguments = ["--quick", "--tasks", "16x4-640", "random-8x2", "--decoders", "dspn", "lstm", "--seeds", "2"]
+    multisets.main([*arguments, "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    assert [line[0] for line in lines if not line[0].startswith("-")] == [
+        *("decoder", "DSPN, recommended", "bidirectional LSTM"),
+        *("decoder", "DSPN, recommended", "LSTM"),
+    ]
+    assert lines[0] == ["decoder", "16x4-640: sets, %", "16x4-640: elements, %", "training steps"]
+    runs = sorted(path.stem for path in (tmp_path / "runs").iterdir())
+    names = [f"{task}-{decoder}" for task in ("16x4-640", "random-8x2") for decoder in ("dspn", "lstm")]
+    assert runs == [f"{name}-seed{seed}" for name in names for seed in range(2)]
+    first = json.loads((tmp_path / "runs/16x4-640-dspn-seed0.json").read_text())
+    assert first["steps"] == multisets.QUICK_STEPS
+    assert first["decoder settings"].startswith("DSPNDecoder(")
+    assert (tmp_path / "multisets.md").read_text().split() == printed[printed.index("| decoder") :].split()
+
+    (tmp_path / "runs/16x4-640-dspn-seed0.json").unlink()
+    started = []
+    perform = multisets.perform
+    monkeypatch.setattr(multisets, "perform", lambda run, options: started.append(run) or perform(run, options))
+    multisets.main([*arguments, "--out", str(tmp_path)])
+    assert started == [("16x4-640", "dspn", 0)]
+    again = json.loads((tmp_path / "runs/16x4-640-dspn-seed0.json").read_text())
+    assert again["test"] == first["test"]  # the same seed, the same run
+
+
+@pytest.mark.parametrize("task", ["64x8-640", "random-32x8"])
+def test_every_decoder_has_a_quick_run(task, tmp_path):
+    multisets.main(["--quick", "--tasks", task, "--seeds", "1", "--out", str(tmp_path)])
+    assert len(list((tmp_path / "runs").iterdir())) == len(multisets.CONTESTANTS[multisets.experiment(task)])
+
+
+def test_runs_take_processor_time_in_processes_of_their_own(tmp_path):
+    arguments = ["--tasks", "random-8x2", "--decoders", "mlp", "--seeds", "1", "--seconds", "0.3", "--workers", "2"]
+    multisets.main([*arguments, "--out", str(tmp_path)])
+    run = json.loads((tmp_path / "runs/random-8x2-mlp-seed0.json").read_text())
+    assert 0.3 <= run["seconds"] < 2
+    with pytest.raises(SystemExit, match="was made with another --seconds"):
+        multisets.main([*arguments, "--seconds", "5", "--out", str(tmp_path)])
+
+
+def test_report_trains_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(multisets, "train", lambda _: pytest.fail("a training has begun"))
+    multisets.main(["--report", "--out", str(tmp_path)])
+    assert "nothing is finished" in capsys.readouterr().out
+
+
+def test_mistakes_are_said(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for arguments in (["--tasks", "16x4"], ["--seconds", "0"], ["--seeds", "0"], ["--out", str(tmp_path / "file")]):
+        with pytest.raises(SystemExit):
+            multisets.main(["--quick", *arguments])
+        assert capsys.readouterr().err
