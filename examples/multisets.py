@@ -184,6 +184,7 @@ NUMBERING = {
 }
 RANDOM = {f"random-{n}x{d}": random_multisets(n, d) for n in (8, 32) for d in (2, 8)}
 TASKS = NUMBERING | RANDOM
+SECONDS = {"16x4": 20.0, "64x4": 40.0, "64x8": 40.0, "random": 20.0}  # by what a task's name begins with
 BY_DEFAULT = ["16x4-640", "16x4-6400", "64x4-640", "64x4-6400", *RANDOM]
 
 
@@ -216,25 +217,25 @@ def perform(run: Run, options: argparse.Namespace) -> None:
     task, contestant = TASKS[run.task], CONTESTANTS[experiment(run.task)][run.decoder]
     data = task.load(Sources(Path(), None, options.quick))
     judged = task if contestant.loss is None else task._replace(loss=contestant.loss)
-    result = learn(
-        judged, data, contestant.make(task), {"test": {}}, lr=contestant.lr, seed=run.seed, budget=budget_of(options)
-    )
+    budget = budget_of(run.task, options)
+    result = learn(judged, data, contestant.make(task), {"": {}}, lr=contestant.lr, seed=run.seed, budget=budget)
     about = {"torch": torch.__version__, "setpred": setpred.__version__, "machine": platform.platform()}
-    write_json(run.file(options.out), run._asdict() | {"budget": budget_of(options)._asdict()} | result | about)
+    write_json(run.file(options.out), run._asdict() | {"budget": budget._asdict()} | result | about)
     print(
         f"{run.file(options.out).stem}: {result['steps']:,} steps, {task.selection} {result['final']:.4g}", flush=True
     )
 
 
-def budget_of(options: argparse.Namespace) -> Budget:
-    """Say how long a run trains."""
-    return Budget(options.seconds, QUICK_STEPS if options.quick else None)
+def budget_of(task: str, options: argparse.Namespace) -> Budget:
+    """Say how long a run of a task trains."""
+    return Budget(options.seconds or SECONDS[task.split("-")[0]], QUICK_STEPS if options.quick else None)
 
 
 def check_budgets(options: argparse.Namespace) -> None:
     """Refuse results that were made with another budget: they are not comparable."""
     for path in (options.out / "runs").glob("*.json"):
-        if Budget(**json.loads(path.read_text())["budget"]) != budget_of(options):
+        before = json.loads(path.read_text())
+        if before["task"] in options.tasks and Budget(**before["budget"]) != budget_of(before["task"], options):
             raise SystemExit(f"{path} was made with another --seconds or --quick: give another --out")
 
 
@@ -266,7 +267,7 @@ def report(options: argparse.Namespace) -> str:
             if not any(found.values()):
                 continue
             cells = [
-                mean_and_spread([figure.factor * r["test"]["test"][score] for r in found[task]], figure.digits)
+                mean_and_spread([figure.factor * r["test"][""][score] for r in found[task]], figure.digits)
                 if found[task]
                 else "-"
                 for task in tasks
@@ -310,12 +311,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     decoders = list(dict.fromkeys(name for contestants in CONTESTANTS.values() for name in contestants))
     what.add_argument("--decoders", nargs="+", choices=decoders, default=decoders, help="(default: all)")
     what.add_argument("--seeds", type=count, default=3, metavar="N", help="0..N-1 (default: %(default)s)")
+    seconds = ", ".join(f"{value:g} {name}" for name, value in SECONDS.items())
     what.add_argument(
-        "--seconds",
-        type=positive,
-        default=40.0,
-        metavar="S",
-        help="processor time that a run trains (default: %(default)g)",
+        "--seconds", type=positive, metavar="S", help=f"processor time that a run trains (default: {seconds})"
     )
     what.add_argument("--quick", action="store_true", help="a few steps on little data: shows that it runs")
     what.add_argument("--report", action="store_true", help="tables of what is there, no training")

@@ -74,15 +74,14 @@ def test_sets_that_are_right_are_those_of_the_papers_accuracy():
 
 
 def test_given_classes_are_matched_among_themselves():
-    target, mask, _ = sets()
-    numbers, classes = channels(target)
-    pred = shuffled(target)
+    kinds, numbers = torch.tensor([0, 0, 1, 1, 1, 1]), torch.tensor([0, 1, 0, 1, 2, 3])
+    target = torch.cat([torch.eye(6)[numbers], torch.eye(2)[kinds]], 1).unsqueeze(0)
+    mask = torch.ones(1, 6, dtype=torch.bool)
     loss = given_classes_loss(euclidean_cost)
-    assert loss(pred, target, mask, mask) == 0
-    # All numbers of one class are its 0: the others of it are charged, though another class may have such numbers.
-    pred[..., numbers] = torch.eye(6)[0]
-    repeated = (target[..., numbers].argmax(-1) > 0).float().mean()
-    torch.testing.assert_close(loss(pred, target, mask, mask), 2**0.5 * repeated)
+    assert loss(shuffled(target), target, mask, mask) == 0
+    exchanged = target.clone()
+    exchanged[0, [1, 5], :6] = target[0, [5, 1], :6]  # right, had they the other class
+    torch.testing.assert_close(loss(exchanged, target, mask, mask), torch.tensor(2 * 2**0.5 / 6))
 
 
 def test_where_classes_are_predicted_they_are_charged():
