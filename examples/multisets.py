@@ -3,11 +3,12 @@
 Numbering: a multiset of 64 elements of 4 classes is given, and each element is to get its number among those of its
 class, in any order. A function that maps equal elements to equal ones, as self-attention does, cannot. A decoder by
 descent starts from random numbers beside the given classes, and moves them apart. Random multisets: normal points are
-autoencoded. Every decoder trains for the same seconds of one core, from the same settings for all tasks.
+autoencoded. Every decoder trains for the same seconds of one core. Of four learning rates, each takes the one that is
+best on validation data of the experiment's first task, and keeps it for all.
 
-    python examples/multisets.py                                  # about an hour of one core
-    python examples/multisets.py --tasks 16x4-6400 --seconds 20   # one task, quick to learn
-    python examples/multisets.py --report                         # tables of what is there, no training
+    python examples/multisets.py                                         # about an hour on two cores
+    python examples/multisets.py --tasks 16x4-6400 --decoders dspn lstm  # one task, two decoders
+    python examples/multisets.py --report                                # tables of what is there, no training
 
 Each run is one process of one thread, and leaves one JSON file in --out. What is there is not made again: give the
 command again to go on.
@@ -17,8 +18,9 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal, NamedTuple
@@ -43,7 +45,8 @@ import setpred
 from setpred import DSPNDecoder, GradientDescent, LSTMDecoder, MLPDecoder, TransformerDecoder, hungarian_loss
 from setpred.functional import cross_entropy_cost, euclidean_cost
 
-TESTED = 500
+VALIDATED, TESTED = 200, 500
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # of Adam
 QUICK_STEPS = 2
 
 
@@ -51,13 +54,13 @@ def numbering(size: int, classes: int, samples: int) -> Task:
     """Make the task of numbering multisets, of so many samples."""
 
     def load(sources: Sources) -> Data:
-        counts = (samples, TESTED, TESTED)
+        counts = (samples, VALIDATED, TESTED)
         generators = (torch.Generator().manual_seed(seed) for seed in range(3))
         return Data(
             *(draw_numbered(sources.limit(n), size, classes, g) for n, g in zip(counts, generators, strict=True))
         )
 
-    figures = {"sets": Figure("sets, %", 100, 1, True), "elements": Figure("elements, %", 100, 1, True)}
+    figures = {"elements": Figure("elements, %", 100, 1, True), "sets": Figure("sets, %", 100, 1, True)}
     return Task(
         f"{size} elements of {classes} classes, {samples:,} samples",
         size,
@@ -77,7 +80,8 @@ def random_multisets(size: int, channels: int) -> Task:
         return Batch(points, torch.ones(count, size, dtype=torch.bool))
 
     def load(sources: Sources) -> Data:
-        parts = (draw(sources.limit(TESTED), torch.Generator().manual_seed(seed)) for seed in (-1, -2))
+        seeds = {VALIDATED: -1, TESTED: -2}  # of training they are not negative
+        parts = (draw(sources.limit(n), torch.Generator().manual_seed(seed)) for n, seed in seeds.items())
         return Data(draw, *parts)
 
     def loss(elements: Tensor, target: Tensor, *masks: Tensor) -> Tensor:
@@ -96,7 +100,6 @@ class Contestant(NamedTuple):
 
     what: str
     make: Callable[[Task], SetPredictor]
-    lr: float  # of Adam
     loss: Loss | None = None  # if not the task's
 
 
@@ -133,17 +136,17 @@ MOMENTUM = GradientDescent(1.0, momentum=0.9, nesterov=True, grad_clip=40.0)
 of_probabilities, of_logits = given_classes_loss(euclidean_cost), given_classes_loss(cross_entropy_cost)
 CONTESTANTS = {
     "numbering": {
-        "dspn": Contestant("DSPN, recommended", descent(DSPNDecoder.recommended), 3e-2, of_probabilities),
-        "idspn": Contestant("iDSPN", descent(DSPNDecoder.idspn, lr=MOMENTUM), 3e-2, of_probabilities),
+        "dspn": Contestant("DSPN, recommended", descent(DSPNDecoder.recommended), of_probabilities),
+        "idspn": Contestant("iDSPN", descent(DSPNDecoder.idspn, lr=MOMENTUM), of_probabilities),
         "unrolled": Contestant(
-            "DSPN, unrolled", descent(DSPNDecoder, lr=1.0, repr_loss="mse", init="random"), 3e-2, of_probabilities
+            "DSPN, unrolled", descent(DSPNDecoder, lr=1.0, repr_loss="mse", init="random"), of_probabilities
         ),
-        "learned": Contestant("transformer, learned queries", from_queries("learned"), 1e-3, pair_loss),
-        "random": Contestant("transformer, random queries", from_queries("random"), 1e-3, pair_loss),
+        "learned": Contestant("transformer, learned queries", from_queries("learned"), pair_loss),
+        "random": Contestant("transformer, random queries", from_queries("random"), pair_loss),
         "attention": Contestant(
-            "self-attention of the elements", each(lambda classes: Attended(classes, 4), WIDTH), 1e-3, of_logits
+            "self-attention of the elements", each(lambda classes: Attended(classes, 4), WIDTH), of_logits
         ),
-        "lstm": Contestant("bidirectional LSTM", each(InOrder, 2 * WIDTH), 1e-3, of_logits),
+        "lstm": Contestant("bidirectional LSTM", each(InOrder, 2 * WIDTH), of_logits),
     },
     "random": {
         "dspn": Contestant(
@@ -151,7 +154,6 @@ CONTESTANTS = {
             autoencoded(
                 lambda encoder, n, d: DSPNDecoder.recommended(encoder, set_size=n, channels=d, mask_clamp=None)
             ),
-            1e-2,
         ),
         "idspn": Contestant(
             "iDSPN",
@@ -160,7 +162,6 @@ CONTESTANTS = {
                     encoder, set_size=n, channels=d, mask_clamp=None, init="learned", anchor=0.1
                 )
             ),
-            1e-2,
         ),
         "unrolled": Contestant(
             "DSPN, unrolled",
@@ -169,28 +170,25 @@ CONTESTANTS = {
                     encoder, lr=1.0, set_size=n, channels=d, mask_clamp=None, repr_loss="mse"
                 )
             ),
-            1e-2,
         ),
-        "mlp": Contestant("MLP", autoencoded(lambda _, n, d: MLPDecoder(LATENT, n, d, HIDDEN, mask_clamp=None)), 1e-3),
-        "lstm": Contestant(
-            "LSTM", autoencoded(lambda _, n, d: LSTMDecoder(LATENT, n, d, HIDDEN, mask_clamp=None)), 1e-3
-        ),
+        "mlp": Contestant("MLP", autoencoded(lambda _, n, d: MLPDecoder(LATENT, n, d, HIDDEN, mask_clamp=None))),
+        "lstm": Contestant("LSTM", autoencoded(lambda _, n, d: LSTMDecoder(LATENT, n, d, HIDDEN, mask_clamp=None))),
     },
 }
 NUMBERING = {
     f"{size}x{classes}-{samples}": numbering(size, classes, samples)
     for size, classes in ((16, 4), (64, 4), (64, 8))
-    for samples in (640, 6_400, 64_000)
+    for samples in (6_400, 640, 64_000)
 }
 RANDOM = {f"random-{n}x{d}": random_multisets(n, d) for n in (8, 32) for d in (2, 8)}
 TASKS = NUMBERING | RANDOM
-SECONDS = {"16x4": 20.0, "64x4": 40.0, "64x8": 40.0, "random": 20.0}  # by what a task's name begins with
+SECONDS = {"16x4": 20.0, "64x4": 30.0, "64x8": 30.0, "random": 20.0}  # by what a task's name begins with
 BY_DEFAULT = ["16x4-640", "16x4-6400", "64x4-640", "64x4-6400", *RANDOM]
 
 
-def experiment(task: str) -> str:
-    """Name the experiment that a task belongs to."""
-    return "numbering" if task in NUMBERING else "random"
+def contestants(task: str) -> dict[str, Contestant]:
+    """List the decoders of the experiment that a task belongs to, by name."""
+    return CONTESTANTS["numbering" if task in NUMBERING else "random"]
 
 
 class Run(NamedTuple):
@@ -198,11 +196,12 @@ class Run(NamedTuple):
 
     task: str
     decoder: str
+    lr: float
     seed: int
 
     def file(self, out: Path) -> Path:
         """Where its results are."""
-        return out / "runs" / f"{self.task}-{self.decoder}-seed{self.seed}.json"
+        return out / "runs" / f"{self.task}-{self.decoder}-lr{self.lr:g}-seed{self.seed}.json"
 
     def result(self, out: Path) -> dict[str, Any] | None:
         """What came of it, if it is finished."""
@@ -214,11 +213,11 @@ def perform(run: Run, options: argparse.Namespace) -> None:
     """Train and evaluate on one core, write what came of it, and print a line."""
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
-    task, contestant = TASKS[run.task], CONTESTANTS[experiment(run.task)][run.decoder]
+    task, contestant = TASKS[run.task], contestants(run.task)[run.decoder]
     data = task.load(Sources(Path(), None, options.quick))
     judged = task if contestant.loss is None else task._replace(loss=contestant.loss)
     budget = budget_of(run.task, options)
-    result = learn(judged, data, contestant.make(task), {"": {}}, lr=contestant.lr, seed=run.seed, budget=budget)
+    result = learn(judged, data, contestant.make(task), {"": {}}, lr=run.lr, seed=run.seed, budget=budget)
     about = {"torch": torch.__version__, "setpred": setpred.__version__, "machine": platform.platform()}
     write_json(run.file(options.out), run._asdict() | {"budget": budget._asdict()} | result | about)
     print(
@@ -235,20 +234,31 @@ def check_budgets(options: argparse.Namespace) -> None:
     """Refuse results that were made with another budget: they are not comparable."""
     for path in (options.out / "runs").glob("*.json"):
         before = json.loads(path.read_text())
-        if before["task"] in options.tasks and Budget(**before["budget"]) != budget_of(before["task"], options):
+        if before["task"] in TASKS and Budget(**before["budget"]) != budget_of(before["task"], options):
             raise SystemExit(f"{path} was made with another --seconds or --quick: give another --out")
 
 
-def train(options: argparse.Namespace) -> int:
-    """Do the runs that are not there, in the order of seeds, so that what is done is comparable; count the failed."""
-    runs = [
-        Run(task, decoder, seed)
-        for seed in range(options.seeds)
-        for task in options.tasks
-        for decoder in CONTESTANTS[experiment(task)]
-        if decoder in options.decoders
-    ]
-    todo = [run for run in runs if not run.file(options.out).exists()]
+def trials(task: str, decoder: str) -> list[Run]:
+    """List the runs that choose a decoder's learning rate, for all tasks of an experiment."""
+    first = next(iter(NUMBERING if task in NUMBERING else RANDOM))
+    return [Run(first, decoder, lr, 0) for lr in RATES]
+
+
+def runs_of(task: str, decoder: str, options: argparse.Namespace) -> list[Run]:
+    """List a decoder's runs on a task with the learning rate that is given or chosen; none while it is not."""
+    if options.lr is not None:
+        return [Run(task, decoder, options.lr, seed) for seed in range(options.seeds)]
+    results = {run: run.result(options.out) for run in trials(task, decoder)}
+    finals = {run: result["final"] for run, result in results.items() if result is not None}
+    if len(finals) < len(results):
+        return []
+    best = (max if task in NUMBERING else min)(finals, key=lambda run: finals[run])
+    return [Run(task, decoder, best.lr, seed) for seed in range(options.seeds)]
+
+
+def perform_all(runs: Iterable[Run], options: argparse.Namespace) -> int:
+    """Perform the runs that are not there, each in a process of its own; returns how many failed."""
+    todo = [run for run in dict.fromkeys(runs) if not run.file(options.out).exists()]
     if options.quick:  # to start a process takes longer than all that it does
         for run in todo:
             perform(run, options)
@@ -256,39 +266,42 @@ def train(options: argparse.Namespace) -> int:
     return side_by_side([partial(perform, run, options) for run in todo], options.workers)
 
 
+def train(options: argparse.Namespace) -> int:
+    """Choose learning rates, then train on all tasks, seed after seed; returns how many runs failed."""
+    pairs = [(task, name) for task in options.tasks for name in contestants(task) if name in options.decoders]
+    failed = 0 if options.lr else perform_all((run for pair in pairs for run in trials(*pair)), options)
+    by_seed = zip_longest(*(runs_of(*pair, options) for pair in pairs))
+    return failed + perform_all((run for runs in by_seed for run in runs if run is not None), options)
+
+
 def report(options: argparse.Namespace) -> str:
-    """Make a table of what is there for each experiment: a row for each decoder, columns for tasks and their scores."""
+    """Make a table of what is there for each experiment: a row for each decoder, columns for scores on tasks."""
     tables = []
-    for name, contestants in CONTESTANTS.items():
-        tasks = [task for task in options.tasks if experiment(task) == name]
+    for experiment in (NUMBERING, RANDOM):
+        scores = [(task, score) for task in options.tasks if task in experiment for score in TASKS[task].figures]
         rows = []
-        for decoder, contestant in contestants.items():
-            found = {task: results_of(task, decoder, options) for task in tasks}
+        for name, contestant in contestants(next(iter(experiment))).items():
+            found = {task: results_of(task, name, options) for task, _ in scores}
             if not any(found.values()):
                 continue
-            cells = [
-                mean_and_spread([figure.factor * r["test"][""][score] for r in found[task]], figure.digits)
-                if found[task]
-                else "-"
-                for task in tasks
-                for score, figure in TASKS[task].figures.items()
-            ]
-            of = [result for results in found.values() for result in results]
-            steps = f"{mean(result['steps'] for result in of):,.0f}"
-            rows.append([contestant.what, *cells, steps])
-        header = [
-            "decoder",
-            *(f"{task}: {figure.heading}" for task in tasks for figure in TASKS[task].figures.values()),
-        ]
+            row = [contestant.what]
+            for task, score in scores:
+                figure = TASKS[task].figures[score]
+                values = [figure.factor * result["test"][""][score] for result in found[task]]
+                row.append(mean_and_spread(values, figure.digits) if values else "-")
+            some = next(results for results in reversed(found.values()) if results)
+            rows.append(
+                [*row, f"{some[0]['lr']:g}", f"{mean(r['steps'] for r in some):,.0f}", f"{some[0]['parameters']:,}"]
+            )
         if rows:
-            tables.append(table([*header, "training steps"], rows))
-    return "\n\n".join(tables) or "nothing is finished"
+            headings = [f"{task}: {TASKS[task].figures[score].heading}" for task, score in scores]
+            tables.append(table(["decoder", *headings, "learning rate", "steps (last task)", "parameters"], rows))
+    return "\n\n".join(tables) or "nothing is finished: the table needs all learning rates of a decoder"
 
 
 def results_of(task: str, decoder: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Read the results from all seeds, as far as they are there."""
-    runs = (Run(task, decoder, seed) for seed in range(options.seeds))
-    return [result for run in runs if (result := run.result(options.out)) is not None]
+    return [result for run in runs_of(task, decoder, options) if (result := run.result(options.out)) is not None]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -315,6 +328,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     what.add_argument(
         "--seconds", type=positive, metavar="S", help=f"processor time that a run trains (default: {seconds})"
     )
+    rates = ", ".join(f"{rate:g}" for rate in RATES)
+    what.add_argument("--lr", type=positive, metavar="LR", help=f"of Adam, for all (default: the best of {rates})")
     what.add_argument("--quick", action="store_true", help="a few steps on little data: shows that it runs")
     what.add_argument("--report", action="store_true", help="tables of what is there, no training")
     where = parser.add_argument_group("where")

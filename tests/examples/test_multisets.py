@@ -50,7 +50,7 @@ def test_elements_of_a_class_are_numbered_from_zero():
 
 def test_scores_are_of_multisets():
     target, mask, _ = sets()
-    assert score_numbers(shuffled(3 * target - 1), mask, target, mask) == {"sets": 1, "elements": 1}
+    assert score_numbers(shuffled(3 * target - 1), mask, target, mask) == {"elements": 1, "sets": 1}
     wrong = target.clone()
     wrong[0, :2, :6] = torch.eye(6)[5]  # both elements of set 0 that come first get a number that there is not
     assert score_numbers(wrong, mask, target, mask) == pytest.approx({"sets": 4 / 5, "elements": 28 / 30})
@@ -139,7 +139,12 @@ def test_order_of_the_elements_is_of_no_importance_to_those_that_see_tokens():
     )
 
 
+def runs(out):
+    return {path.stem: json.loads(path.read_text()) for path in (out / "runs").iterdir()}
+
+
 def test_quick_run_is_gone_on_with(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(multisets, "RATES", (1e-3, 1e-2))
     arguments = ["--quick", "--tasks", "16x4-640", "random-8x2", "--decoders", "dspn", "lstm", "--seeds", "2"]
     multisets.main([*arguments, "--out", str(tmp_path)])
     printed = capsys.readouterr().out
@@ -148,35 +153,41 @@ def test_quick_run_is_gone_on_with(tmp_path, monkeypatch, capsys):
         *("decoder", "DSPN, recommended", "bidirectional LSTM"),
         *("decoder", "DSPN, recommended", "LSTM"),
     ]
-    assert lines[0] == ["decoder", "16x4-640: sets, %", "16x4-640: elements, %", "training steps"]
-    runs = sorted(path.stem for path in (tmp_path / "runs").iterdir())
-    names = [f"{task}-{decoder}" for task in ("16x4-640", "random-8x2") for decoder in ("dspn", "lstm")]
-    assert runs == [f"{name}-seed{seed}" for name in names for seed in range(2)]
-    first = json.loads((tmp_path / "runs/16x4-640-dspn-seed0.json").read_text())
-    assert first["steps"] == multisets.QUICK_STEPS
-    assert first["decoder settings"].startswith("DSPNDecoder(")
+    assert lines[0][:3] == ["decoder", "16x4-640: elements, %", "16x4-640: sets, %"]
+    made = runs(tmp_path)
+    for first, task, best in (("16x4-6400", "16x4-640", max), ("random-8x2", "random-8x2", min)):
+        for name in ("dspn", "lstm"):
+            tried = {run["lr"]: run["final"] for run in made.values() if (run["task"], run["decoder"]) == (first, name)}
+            assert tried.keys() == {1e-3, 1e-2}
+            chosen = best(tried, key=tried.get)
+            assert f"{task}-{name}-lr{chosen:g}-seed1" in made
+    assert len(made) == 2 * (2 + 2) + 2 * (2 + 1)
+    run = made["random-8x2-lstm-lr0.01-seed0"]
+    assert run["steps"] == multisets.QUICK_STEPS
+    assert run["decoder settings"].startswith("LSTMDecoder(")
     assert (tmp_path / "multisets.md").read_text().split() == printed[printed.index("| decoder") :].split()
 
-    (tmp_path / "runs/16x4-640-dspn-seed0.json").unlink()
+    gone = tmp_path / "runs/random-8x2-lstm-lr0.01-seed0.json"
+    gone.unlink()
     started = []
     perform = multisets.perform
     monkeypatch.setattr(multisets, "perform", lambda run, options: started.append(run) or perform(run, options))
     multisets.main([*arguments, "--out", str(tmp_path)])
-    assert started == [("16x4-640", "dspn", 0)]
-    again = json.loads((tmp_path / "runs/16x4-640-dspn-seed0.json").read_text())
-    assert again["test"] == first["test"]  # the same seed, the same run
+    assert started == [("random-8x2", "lstm", 0.01, 0)]
+    assert json.loads(gone.read_text())["test"] == run["test"]  # the same seed, the same run
 
 
 @pytest.mark.parametrize("task", ["64x8-640", "random-32x8"])
 def test_every_decoder_has_a_quick_run(task, tmp_path):
-    multisets.main(["--quick", "--tasks", task, "--seeds", "1", "--out", str(tmp_path)])
-    assert len(list((tmp_path / "runs").iterdir())) == len(multisets.CONTESTANTS[multisets.experiment(task)])
+    multisets.main(["--quick", "--tasks", task, "--seeds", "1", "--lr", "0.001", "--out", str(tmp_path)])
+    assert {run["decoder"] for run in runs(tmp_path).values()} == multisets.contestants(task).keys()
+    assert {(run["task"], run["lr"]) for run in runs(tmp_path).values()} == {(task, 0.001)}
 
 
 def test_runs_take_processor_time_in_processes_of_their_own(tmp_path):
-    arguments = ["--tasks", "random-8x2", "--decoders", "mlp", "--seeds", "1", "--seconds", "0.3", "--workers", "2"]
-    multisets.main([*arguments, "--out", str(tmp_path)])
-    run = json.loads((tmp_path / "runs/random-8x2-mlp-seed0.json").read_text())
+    arguments = ["--tasks", "random-8x2", "--decoders", "mlp", "--seeds", "1", "--workers", "2", "--lr", "0.001"]
+    multisets.main([*arguments, "--seconds", "0.3", "--out", str(tmp_path)])
+    (run,) = runs(tmp_path).values()
     assert 0.3 <= run["seconds"] < 2
     with pytest.raises(SystemExit, match="was made with another --seconds"):
         multisets.main([*arguments, "--seconds", "5", "--out", str(tmp_path)])
