@@ -23,8 +23,8 @@ def to_simplex(rows: Tensor) -> Tensor:
         return ((rows * support).sum(-1, keepdim=True) - 1) / support.sum(-1, keepdim=True)
 
     support, before = torch.ones_like(rows), torch.zeros_like(rows)
-    while not torch.equal(support, before):  # it shrinks until it is that of the answer
-        support, before = (rows > subtracted(support)).to(rows.dtype), support
+    while not torch.equal(support, before):  # it shrinks until it is that of the answer, whatever rounding says
+        support, before = support * (rows > subtracted(support)), support
     return (rows - subtracted(support)) * support
 
 

@@ -106,6 +106,11 @@ def test_simplex_projection_is_the_nearest_point():
     assert gradcheck(to_simplex, rows.requires_grad_())
 
 
+def test_simplex_projection_ends_where_rounding_takes_back_what_was_left_out():
+    row = torch.tensor([[1.8262605667114258, 2.8262603282928467, 1.8262605667114258]])  # without end, else
+    torch.testing.assert_close(to_simplex(row), torch.tensor([[0.0, 1.0, 0.0]]), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["dspn", "idspn", "unrolled"])
 def test_descent_parts_equal_elements_and_keeps_classes(name):
     torch.manual_seed(0)
