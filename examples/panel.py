@@ -16,12 +16,10 @@ command again to go on.
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
-import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -32,6 +30,7 @@ from common.arguments import count, positive
 from common.checkpoint import write_json
 from common.curves import draw_panel
 from common.files import cache_directory
+from common.processes import side_by_side
 from common.report import mean_and_spread, table
 from common.tasks import TASKS, Sources
 from common.trial import LATENT, WIDTH, Budget, Contestant, run_trial
@@ -125,13 +124,7 @@ def perform(run: Run, options: argparse.Namespace) -> None:
     print(f"{run.file(options.out).stem}: {end}, {result['steps']:,} steps, {scores}", flush=True)
 
 
-def perform_alone(run: Run, options: argparse.Namespace) -> None:
-    """Perform a run as what a process does; Ctrl-C is for its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    perform(run, options)
-
-
-def side_by_side(runs: Sequence[Run], options: argparse.Namespace) -> int:
+def perform_all(runs: Sequence[Run], options: argparse.Namespace) -> int:
     """Perform the runs that are not there, each in a process of its own; returns how many failed."""
     todo = [run for run in runs if not run.file(options.out).exists()]
     if options.quick:  # to start a process takes longer than all that it does
@@ -140,22 +133,7 @@ def side_by_side(runs: Sequence[Run], options: argparse.Namespace) -> int:
         return 0
     for task in {run.task for run in todo}:
         TASKS[task].load(sources_of(options))  # renders what is not kept yet, which several runs would do at once
-    context = multiprocessing.get_context("spawn")
-
-    def in_process(run: Run) -> bool:
-        process = context.Process(target=perform_alone, args=(run, options), daemon=True)
-        process.start()
-        process.join()
-        return process.exitcode == 0
-
-    pool = ThreadPoolExecutor(options.workers)
-    try:
-        return list(pool.map(in_process, todo)).count(False)
-    except KeyboardInterrupt:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
+    return side_by_side([partial(perform, run, options) for run in todo], options.workers)
 
 
 def chosen(task: str, decoder: str, out: Path) -> Run | None:
@@ -181,9 +159,9 @@ def train(options: argparse.Namespace) -> int:
     tasks, decoders = options.tasks, options.decoders
     # Decoders take turns, so that what is done is always comparable.
     first = [Run(task, name, lr, 0) for task in tasks for lr in RATES[kind(task)] for name in decoders]
-    failed = side_by_side(first, options)
+    failed = perform_all(first, options)
     best = [run for task in tasks for name in decoders if (run := chosen(task, name, options.out)) is not None]
-    return failed + side_by_side([run._replace(seed=k) for k in range(1, options.seeds) for run in best], options)
+    return failed + perform_all([run._replace(seed=k) for k in range(1, options.seeds) for run in best], options)
 
 
 def results_of(task: str, decoder: str, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -94,19 +94,34 @@ def is_finite(*tensors: Tensor) -> bool:
 def run_trial(
     task: Task, data: Data, contestant: Contestant, *, lr: float, seed: int, budget: Budget
 ) -> dict[str, Any]:
+    """Make the network of a contestant, and let it learn; see `learn`."""
+    torch.manual_seed(seed)
+    model = make_model(task, contestant)
+    return learn(task, data, model, contestant.evaluations, lr=lr, seed=seed, budget=budget)
+
+
+def learn(
+    task: Task,
+    data: Data,
+    model: SetPredictor,
+    evaluations: Mapping[str, Mapping[str, Any]],
+    *,
+    lr: float,
+    seed: int,
+    budget: Budget,
+) -> dict[str, Any]:
     """Train with Adam, its learning rate decayed along a cosine over the budget, and evaluate.
 
     Returns:
         Scores on validation and test data of the network at the end, by kind of evaluation; validation's `curve` of
         (step, seconds, score); and what became of the run.
     """
-    torch.manual_seed(seed)
     scaler = fit_scaler(data, task.channels)
-    model = make_model(task, contestant).train()
+    model.train()
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     taken = batches(data.train, task.batch_size, torch.Generator().manual_seed(seed))
     selection, figure = task.selection, task.figures[task.selection]
-    selecting = next(iter(contestant.evaluations.values()))
+    selecting = next(iter(evaluations.values()))
     curve: list[tuple[int, float, float]] = []
     seconds, step, diverged = 0.0, 0, False
     while (used := budget.used(seconds, step)) < 1 and not diverged:
@@ -124,9 +139,7 @@ def run_trial(
         if budget.used(seconds, step) >= min((len(curve) + 1) / VALIDATIONS, 1):
             curve.append((step, seconds, evaluate(model, scaler, task, data.validation, selecting)[selection]))
     scores = {
-        part: {
-            name: evaluate(model, scaler, task, samples, options) for name, options in contestant.evaluations.items()
-        }
+        part: {name: evaluate(model, scaler, task, samples, options) for name, options in evaluations.items()}
         for part, samples in (("validation", data.validation), ("test", data.test))
     }
     final = next(iter(scores["validation"].values()))[selection]

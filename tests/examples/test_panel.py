@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
 import panel
-from common import clouds, hanzi, shapes, squares, trial
+from common import clouds, hanzi, processes, shapes, squares, trial
 from common.batches import Batch
 from common.tasks import TASKS, Sources
 from common.trial import Budget, Contestant, run_trial
@@ -112,7 +112,7 @@ def test_runs_take_processor_time_in_processes_of_their_own(tmp_path, monkeypatc
 def test_failed_runs_fail_the_command(tmp_path, monkeypatch):
     process = SimpleNamespace(start=lambda: None, join=lambda: None, exitcode=1)
     context = SimpleNamespace(Process=lambda **_: process)
-    monkeypatch.setattr(panel.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda _: context)
     with pytest.raises(SystemExit, match="3 runs failed"):
         panel.main(["--tasks", "squares", "--decoders", "mlp", "--out", str(tmp_path)])
 
@@ -123,8 +123,8 @@ def test_ctrl_c_ends_runs_and_the_command(tmp_path, monkeypatch):
 
     ended = []
     child = SimpleNamespace(terminate=lambda: ended.append(True))
-    monkeypatch.setattr(panel.ThreadPoolExecutor, "map", interrupted)
-    monkeypatch.setattr(panel.multiprocessing, "active_children", lambda: [child])
+    monkeypatch.setattr(processes.ThreadPoolExecutor, "map", interrupted)
+    monkeypatch.setattr(processes.multiprocessing, "active_children", lambda: [child])
     with pytest.raises(SystemExit, match="the same command goes on"):
         panel.main(["--tasks", "squares", "--decoders", "mlp", "--out", str(tmp_path)])
     assert ended == [True]
