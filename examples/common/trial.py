@@ -18,7 +18,7 @@ VALIDATIONS = 8
 EVALUATION_BATCH = 100
 FITTED_ON = 4096  # drawn samples that the scaler sees, where each is drawn anew
 COLLAPSED = 1.5  # so many times as bad at the end as at the best validation,
-LOST = 0.1  # and so much lost of what was gained since the first: an error of 2e-5 after one of 1e-5 is no collapse
+LOST = 0.1  # and so much lost of what was learned: an error of 2e-5 after one of 1e-5 is no collapse
 NOISE = 0.01  # of average precisions
 
 MakeDecoder = Callable[[PooledEncoder, int, int], nn.Module]  # of set encoder, set size and channels
@@ -122,6 +122,7 @@ def learn(
     taken = batches(data.train, task.batch_size, torch.Generator().manual_seed(seed))
     selection, figure = task.selection, task.figures[task.selection]
     selecting = next(iter(evaluations.values()))
+    untrained = evaluate(model, scaler, task, data.validation, selecting)[selection]
     curve: list[tuple[int, float, float]] = []
     seconds, step, diverged = 0.0, 0, False
     while (used := budget.used(seconds, step)) < 1 and not diverged:
@@ -145,7 +146,7 @@ def learn(
     final = next(iter(scores["validation"].values()))[selection]
     best = (max if figure.larger_is_better else min)([final, *(score for _, _, score in curve)])
     worse = best > COLLAPSED * final + NOISE if figure.larger_is_better else final > COLLAPSED * best
-    lost = bool(curve) and abs(best - final) > LOST * abs(best - curve[0][2])
+    lost = abs(best - final) > LOST * abs(best - untrained)
     return {
         "steps": step,
         "seconds": seconds,
