@@ -171,7 +171,7 @@ TASKS = {
         2,
         _digits,
         _error("hungarian", hungarian_loss),
-        {"hungarian": Figure("Hungarian error x 1e4", 1e4, 2)},
+        {"hungarian": Figure("Hungarian error x 1e4", 1e4, 3)},
     ),
     "mnist": Task(
         "MNIST digits, autoencoded",
@@ -191,7 +191,7 @@ TASKS = {
         2,
         _squares,
         squares.score_squares,
-        {"worst": Figure("worst corner, circumradii", 1, 3), "mean": Figure("mean corner, circumradii", 1, 4)},
+        {"worst": Figure("worst corner, circumradii", 1, 5), "mean": Figure("mean corner, circumradii", 1, 5)},
     ),
     "clouds": Task(
         "3-D clouds of 64 points, autoencoded",

@@ -163,10 +163,10 @@ def test_report_shows_test_scores_of_what_is_best_on_validation(tmp_path, monkey
     assert rows[1] == [
         "digits",
         "Hungarian error x 1e4",
-        "**500.00**",
-        "10500.00",
-        "20500.00",
-        "3000.00 ± 1414.21",
+        "**500.000**",
+        "10500.000",
+        "20500.000",
+        "3000.000 ± 1414.214",
         "-",
         "-",
     ]
