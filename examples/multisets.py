@@ -15,10 +15,8 @@ command again to go on.
 """
 
 import argparse
-import json
 import os
-import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -30,18 +28,16 @@ import torch
 from common import trial
 from common.arguments import count, positive
 from common.batches import Batch
-from common.checkpoint import write_json
 from common.models import SetPredictor
 from common.numbering import Loss, draw_numbered, given_classes_loss, pair_loss, score_numbers
 from common.numbering_models import WIDTH, Attended, EachNumbered, Given, InOrder, Numberer
-from common.processes import side_by_side
 from common.report import mean_and_spread, table
+from common.runs import Run, check_budgets, perform_missing
 from common.tasks import Data, Figure, Sources, Task
 from common.trial import LATENT, Budget, MakeDecoder, learn, make_model
 from common.trial import WIDTH as HIDDEN
 from torch import Tensor, nn
 
-import setpred
 from setpred import DSPNDecoder, GradientDescent, LSTMDecoder, MLPDecoder, TransformerDecoder, hungarian_loss
 from setpred.functional import cross_entropy_cost, euclidean_cost
 
@@ -191,24 +187,6 @@ def contestants(task: str) -> dict[str, Contestant]:
     return CONTESTANTS["numbering" if task in NUMBERING else "random"]
 
 
-class Run(NamedTuple):
-    """One training."""
-
-    task: str
-    decoder: str
-    lr: float
-    seed: int
-
-    def file(self, out: Path) -> Path:
-        """Where its results are."""
-        return out / "runs" / f"{self.task}-{self.decoder}-lr{self.lr:g}-seed{self.seed}.json"
-
-    def result(self, out: Path) -> dict[str, Any] | None:
-        """What came of it, if it is finished."""
-        path = self.file(out)
-        return json.loads(path.read_text()) if path.exists() else None
-
-
 def perform(run: Run, options: argparse.Namespace) -> None:
     """Train and evaluate on one core, write what came of it, and print a line."""
     torch.set_num_threads(1)
@@ -218,8 +196,7 @@ def perform(run: Run, options: argparse.Namespace) -> None:
     judged = task if contestant.loss is None else task._replace(loss=contestant.loss)
     budget = budget_of(run.task, options)
     result = learn(judged, data, contestant.make(task), {"": {}}, lr=run.lr, seed=run.seed, budget=budget)
-    about = {"torch": torch.__version__, "setpred": setpred.__version__, "machine": platform.platform()}
-    write_json(run.file(options.out), run._asdict() | {"budget": budget._asdict()} | result | about)
+    run.write(options.out, budget, result)
     print(
         f"{run.file(options.out).stem}: {result['steps']:,} steps, {task.selection} {result['final']:.4g}", flush=True
     )
@@ -228,14 +205,6 @@ def perform(run: Run, options: argparse.Namespace) -> None:
 def budget_of(task: str, options: argparse.Namespace) -> Budget:
     """Say how long a run of a task trains."""
     return Budget(options.seconds or SECONDS[task.split("-")[0]], QUICK_STEPS if options.quick else None)
-
-
-def check_budgets(options: argparse.Namespace) -> None:
-    """Refuse results that were made with another budget: they are not comparable."""
-    for path in (options.out / "runs").glob("*.json"):
-        before = json.loads(path.read_text())
-        if before["task"] in TASKS and Budget(**before["budget"]) != budget_of(before["task"], options):
-            raise SystemExit(f"{path} was made with another --seconds or --quick: give another --out")
 
 
 def trials(task: str, decoder: str) -> list[Run]:
@@ -256,22 +225,12 @@ def runs_of(task: str, decoder: str, options: argparse.Namespace) -> list[Run]:
     return [Run(task, decoder, best.lr, seed) for seed in range(options.seeds)]
 
 
-def perform_all(runs: Iterable[Run], options: argparse.Namespace) -> int:
-    """Perform the runs that are not there, each in a process of its own; returns how many failed."""
-    todo = [run for run in dict.fromkeys(runs) if not run.file(options.out).exists()]
-    if options.quick:  # to start a process takes longer than all that it does
-        for run in todo:
-            perform(run, options)
-        return 0
-    return side_by_side([partial(perform, run, options) for run in todo], options.workers)
-
-
 def train(options: argparse.Namespace) -> int:
     """Choose learning rates, then train on all tasks, seed after seed; returns how many runs failed."""
     pairs = [(task, name) for task in options.tasks for name in contestants(task) if name in options.decoders]
-    failed = 0 if options.lr else perform_all((run for pair in pairs for run in trials(*pair)), options)
+    failed = 0 if options.lr else perform_missing((run for pair in pairs for run in trials(*pair)), perform, options)
     by_seed = zip_longest(*(runs_of(*pair, options) for pair in pairs))
-    return failed + perform_all((run for runs in by_seed for run in runs if run is not None), options)
+    return failed + perform_missing((run for runs in by_seed for run in runs if run is not None), perform, options)
 
 
 def report(options: argparse.Namespace) -> str:
@@ -348,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     failed = 0
     if not options.report:
-        check_budgets(options)
+        check_budgets(options.out, TASKS, partial(budget_of, options=options))
         try:
             failed = train(options)
         except KeyboardInterrupt:

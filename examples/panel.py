@@ -15,27 +15,23 @@ command again to go on.
 """
 
 import argparse
-import json
 import os
-import platform
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any
 
 import common.requirements  # noqa: F401
 import torch
 from common.arguments import count, positive
-from common.checkpoint import write_json
 from common.curves import draw_panel
 from common.files import cache_directory
-from common.processes import side_by_side
 from common.report import mean_and_spread, table
+from common.runs import Run, check_budgets, missing, perform_missing
 from common.tasks import TASKS, Sources
 from common.trial import LATENT, WIDTH, Budget, Contestant, run_trial
 
-import setpred
 from setpred import DSPNDecoder, LSTMDecoder, MLPDecoder, SlotDecoder, TransformerDecoder
 
 TOKENS = 16  # that a vector is split into for slots to share
@@ -70,24 +66,6 @@ SECONDS = {"autoencoded": 120.0, "image": 180.0}
 QUICK_STEPS = 2
 
 
-class Run(NamedTuple):
-    """One training."""
-
-    task: str
-    decoder: str
-    lr: float
-    seed: int
-
-    def file(self, out: Path) -> Path:
-        """Where its results are."""
-        return out / "runs" / f"{self.task}-{self.decoder}-lr{self.lr:g}-seed{self.seed}.json"
-
-    def result(self, out: Path) -> dict[str, Any] | None:
-        """What came of it, if it is finished."""
-        path = self.file(out)
-        return json.loads(path.read_text()) if path.exists() else None
-
-
 def kind(task: str) -> str:
     """Name the kind of a task."""
     return "image" if TASKS[task].images else "autoencoded"
@@ -106,34 +84,21 @@ def sources_of(options: argparse.Namespace) -> Sources:
 def perform(run: Run, options: argparse.Namespace) -> None:
     """Train and evaluate on one core, write what came of it, and print a line."""
     torch.set_num_threads(1)
-    task = TASKS[run.task]
-    result = run_trial(
-        task,
-        task.load(sources_of(options)),
-        CONTESTANTS[run.decoder],
-        lr=run.lr,
-        seed=run.seed,
-        budget=budget_of(run.task, options),
-    )
-    about = {"torch": torch.__version__, "setpred": setpred.__version__, "machine": platform.platform()}
-    write_json(
-        run.file(options.out), run._asdict() | {"budget": budget_of(run.task, options)._asdict()} | result | about
-    )
+    task, budget = TASKS[run.task], budget_of(run.task, options)
+    data = task.load(sources_of(options))
+    result = run_trial(task, data, CONTESTANTS[run.decoder], lr=run.lr, seed=run.seed, budget=budget)
+    run.write(options.out, budget, result)
     end = "diverged" if result["diverged"] else "collapsed" if result["collapsed"] else "done"
     scores = f"validation {result['final']:.4g} (best {result['best']:.4g})"
     print(f"{run.file(options.out).stem}: {end}, {result['steps']:,} steps, {scores}", flush=True)
 
 
 def perform_all(runs: Sequence[Run], options: argparse.Namespace) -> int:
-    """Perform the runs that are not there, each in a process of its own; returns how many failed."""
-    todo = [run for run in runs if not run.file(options.out).exists()]
-    if options.quick:  # to start a process takes longer than all that it does
-        for run in todo:
-            perform(run, options)
-        return 0
-    for task in {run.task for run in todo}:
-        TASKS[task].load(sources_of(options))  # renders what is not kept yet, which several runs would do at once
-    return side_by_side([partial(perform, run, options) for run in todo], options.workers)
+    """Perform the runs that are not there; returns how many failed."""
+    if not options.quick:
+        for task in {run.task for run in missing(runs, options.out)}:
+            TASKS[task].load(sources_of(options))  # renders what is not kept yet, which several runs would do at once
+    return perform_missing(runs, perform, options)
 
 
 def chosen(task: str, decoder: str, out: Path) -> Run | None:
@@ -144,14 +109,6 @@ def chosen(task: str, decoder: str, out: Path) -> Run | None:
         return None
     figure = TASKS[task].figures[TASKS[task].selection]
     return (max if figure.larger_is_better else min)(finals, key=lambda run: finals[run])
-
-
-def check_budgets(options: argparse.Namespace) -> None:
-    """Refuse results that were made with another budget: they are not comparable."""
-    for path in (options.out / "runs").glob("*.json"):
-        before = json.loads(path.read_text())
-        if before["task"] in options.tasks and Budget(**before["budget"]) != budget_of(before["task"], options):
-            raise SystemExit(f"{path} was made with another --seconds or --quick: give another --out")
 
 
 def train(options: argparse.Namespace) -> int:
@@ -277,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.tasks = [task for task in options.tasks if TASKS[task].missing(options.data) is None]
         if not options.tasks:
             raise SystemExit("no task is left")
-        check_budgets(options)
+        check_budgets(options.out, options.tasks, partial(budget_of, options=options))
         try:
             failed = train(options)
         except KeyboardInterrupt:
