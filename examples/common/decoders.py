@@ -43,7 +43,7 @@ def add_decoder_arguments(parser: argparse.ArgumentParser) -> None:
         "--inner-steps",
         type=count,
         metavar="T",
-        help="steps of the inner descent in training (dspn, default: 10; recommended and idspn, default: 20)",
+        help="steps of the inner descent in training (dspn, default: 10; recommended, default: 10; idspn, default: 20)",
     )
     group.add_argument(
         "--inner-lr", type=positive, metavar="LR", help="its learning rate (dspn, default: 25; idspn, default: 1)"

@@ -106,7 +106,7 @@ class DSPNDecoder(nn.Module):
         >>> decoder = DSPNDecoder.recommended(encoder, set_size=30, channels=2)
         >>> elements, mask, trajectory = decoder(torch.randn(8, 64), record=True)
         >>> elements.shape, mask.shape, trajectory.elements.shape
-        (torch.Size([8, 30, 2]), torch.Size([8, 30]), torch.Size([21, 8, 30, 2]))
+        (torch.Size([8, 30, 2]), torch.Size([8, 30]), torch.Size([11, 8, 30, 2]))
 
     Source: Zhang, Hare, Prügel-Bennett, Deep Set Prediction Networks (NeurIPS 2019), Algorithm 1 and equation 5;
     implicit: Zhang et al., Multiset-Equivariant Set Prediction with Approximate Implicit Differentiation (ICLR 2022).

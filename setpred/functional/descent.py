@@ -9,7 +9,6 @@ from __future__ import annotations  # torch.compile cannot evaluate the annotati
 
 import math
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
@@ -319,17 +318,16 @@ def descend(
         return looped[1], looped[2]
 
     def run(y: Point, steps: int) -> tuple[Point, Any]:
-        take: Callable[[Point, Any, Point], Any] = Recompute(step) if checkpoint else step
         if (
             torch.compiler.is_dynamo_compiling()
             and not is_exporting()
-            and not in_transform()
-            and type(rule) in (GradientDescent, PolyakDescent)  # one of the user's may do what a region cannot
+            and not (torch.is_grad_enabled() or record or in_transform())
+            and y[0].device.type == "cpu"  # elsewhere the loop would wait for the device at every step
+            and type(rule) in (GradientDescent, PolyakDescent)  # one of the user's may do what a loop cannot
             and value_and_grad(packed(y), *args) is not None  # so may an encoder
         ):
-            if not (torch.is_grad_enabled() or record) and y[0].device.type == "cpu":  # else it waits at every step
-                return run_loop(y, steps)
-            take = partial(_compiled_once, step)
+            return run_loop(y, steps)
+        take = Recompute(step) if checkpoint else step
         state, given, rows = rule.init(y), args, None  # of the samples under way; None: all of them
         whole: tuple[Any, ...] = (y, state)
         for done in range(1, steps + 1):
@@ -374,14 +372,6 @@ def descend(
         return Descent(packed(y), None, None, None)
     trajectory = tuple(torch.stack(parts) for parts in zip(*points, strict=True))
     return Descent(packed(y), packed(trajectory), torch.stack(losses), torch.stack(norms))
-
-
-def _call(function: Callable[..., Any], *args: Any) -> Any:
-    return function(*args)
-
-
-# One step is compiled, and each uses it. PyTorch has that since 2.8; it was tried from 2.11 on.
-_compiled_once = torch.compiler.nested_compile_region(_call) if torch.__version__ >= "2.11" else _call
 
 
 def _laid_out(whole: Any) -> Any:

@@ -269,6 +269,8 @@ def test_missing_package_is_one_line_at_once(script, package, tmp_path):
 
 
 def test_packages_are_those_of_the_extra():
-    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["examples"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert "setpred[plot]" in extras["examples"]
+    extra = {*extras["examples"], *extras["plot"]} - {"setpred[plot]"}
     names = {re.split(r"\W*>=", package)[0].replace("scikit-learn", "sklearn") for package in extra}
     assert {"setpred", "torch", *names} == set(requirements.PACKAGES) == {"setpred", "torch", *PACKAGES}
