@@ -299,7 +299,7 @@ class DSPNDecoder(nn.Module):
             record: Whether to keep the trajectory; by default in training mode with ``"unrolled"`` only.
             generator: Source of random initial sets.
             chunk_size: Number of samples that are decoded at a time, so that memory goes with it and not with B; by
-                default all. What is predicted is the same.
+                default all. What is predicted is the same, unless the encoder mixes samples (BatchNorm in training).
 
         Returns:
             The predicted sets, with their trajectory if recorded.
