@@ -15,7 +15,6 @@ command again to go on.
 """
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import zip_longest
@@ -26,13 +25,13 @@ from typing import Any, Literal, NamedTuple
 import common.requirements  # noqa: F401
 import torch
 from common import trial
-from common.arguments import count, positive
+from common.arguments import positive
 from common.batches import Batch
 from common.models import SetPredictor
 from common.numbering import Loss, draw_numbered, given_classes_loss, pair_loss, score_numbers
 from common.numbering_models import WIDTH, Attended, EachNumbered, Given, InOrder, Numberer
 from common.report import mean_and_spread, table
-from common.runs import Run, check_budgets, perform_missing
+from common.runs import Run, add_run_arguments, best_of, check_budgets, perform_missing
 from common.tasks import Data, Figure, Sources, Task
 from common.trial import LATENT, Budget, MakeDecoder, learn, make_model
 from common.trial import WIDTH as HIDDEN
@@ -217,12 +216,8 @@ def runs_of(task: str, decoder: str, options: argparse.Namespace) -> list[Run]:
     """List a decoder's runs on a task with the learning rate that is given or chosen; none while it is not."""
     if options.lr is not None:
         return [Run(task, decoder, options.lr, seed) for seed in range(options.seeds)]
-    results = {run: run.result(options.out) for run in trials(task, decoder)}
-    finals = {run: result["final"] for run, result in results.items() if result is not None}
-    if len(finals) < len(results):
-        return []
-    best = (max if task in NUMBERING else min)(finals, key=lambda run: finals[run])
-    return [Run(task, decoder, best.lr, seed) for seed in range(options.seeds)]
+    best = best_of(trials(task, decoder), options.out, larger_is_better=task in NUMBERING)
+    return [] if best is None else [Run(task, decoder, best.lr, seed) for seed in range(options.seeds)]
 
 
 def train(options: argparse.Namespace) -> int:
@@ -282,22 +277,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     decoders = list(dict.fromkeys(name for those in CONTESTANTS.values() for name in those))
     what.add_argument("--decoders", nargs="+", choices=decoders, default=decoders, help="(default: all)")
-    what.add_argument("--seeds", type=count, default=3, metavar="N", help="0..N-1 (default: %(default)s)")
-    seconds = ", ".join(f"{value:g} {name}" for name, value in SECONDS.items())
-    what.add_argument(
-        "--seconds", type=positive, metavar="S", help=f"processor time that a run trains (default: {seconds})"
-    )
     rates = ", ".join(f"{rate:g}" for rate in RATES)
     what.add_argument("--lr", type=positive, metavar="LR", help=f"of Adam, for all (default: the best of {rates})")
-    what.add_argument("--quick", action="store_true", help="a few steps on little data: shows that it runs")
-    what.add_argument("--report", action="store_true", help="tables of what is there, no training")
     where = parser.add_argument_group("where")
-    where.add_argument(
-        "--out", type=Path, metavar="DIR", help="results (default: out/multisets, with --quick out/multisets-quick)"
-    )
-    where.add_argument(
-        "--workers", type=count, default=os.cpu_count() or 1, metavar="N", help="runs side by side (default: all cores)"
-    )
+    add_run_arguments(what, where, "multisets", SECONDS)
     options = parser.parse_args(arguments)
     options.out = options.out or Path(f"out/multisets{'-quick' if options.quick else ''}")
     options.tasks = list(dict.fromkeys(options.tasks))

@@ -15,7 +15,6 @@ command again to go on.
 """
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,11 +23,10 @@ from typing import Any
 
 import common.requirements  # noqa: F401
 import torch
-from common.arguments import count, positive
 from common.curves import draw_panel
 from common.files import cache_directory
 from common.report import mean_and_spread, table
-from common.runs import Run, check_budgets, missing, perform_missing
+from common.runs import Run, add_run_arguments, best_of, check_budgets, missing, perform_missing
 from common.tasks import TASKS, Sources
 from common.trial import LATENT, WIDTH, Budget, Contestant, run_trial
 
@@ -103,12 +101,8 @@ def perform_all(runs: Sequence[Run], options: argparse.Namespace) -> int:
 
 def chosen(task: str, decoder: str, out: Path) -> Run | None:
     """Find the run from seed 0 that is best on validation data at its end, if all learning rates were tried."""
-    results = {run: run.result(out) for run in (Run(task, decoder, lr, 0) for lr in RATES[kind(task)])}
-    finals = {run: result["final"] for run, result in results.items() if result is not None}
-    if len(finals) < len(results):
-        return None
-    figure = TASKS[task].figures[TASKS[task].selection]
-    return (max if figure.larger_is_better else min)(finals, key=lambda run: finals[run])
+    trials = [Run(task, decoder, lr, 0) for lr in RATES[kind(task)]]
+    return best_of(trials, out, TASKS[task].figures[TASKS[task].selection].larger_is_better)
 
 
 def train(options: argparse.Namespace) -> int:
@@ -191,13 +185,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         what.add_argument(
             f"--{name}", nargs="+", choices=list(choices), default=list(choices), help=f"(default: {' '.join(choices)})"
         )
-    what.add_argument("--seeds", type=count, default=3, metavar="N", help="0..N-1 (default: %(default)s)")
-    seconds = ", ".join(f"{value:g} {name}" for name, value in SECONDS.items())
-    what.add_argument(
-        "--seconds", type=positive, metavar="S", help=f"processor time that a run trains (default: {seconds})"
-    )
-    what.add_argument("--quick", action="store_true", help="a few steps on little data: shows that it runs")
-    what.add_argument("--report", action="store_true", help="table and picture of what is there, no training")
     where = parser.add_argument_group("where")
     where.add_argument(
         "--data",
@@ -212,12 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="DIR",
         help="where rendered scenes are kept, 172 MB (default: $XDG_CACHE_HOME/setpred or ~/.cache/setpred)",
     )
-    where.add_argument(
-        "--out", type=Path, metavar="DIR", help="results (default: out/panel, with --quick out/panel-quick)"
-    )
-    where.add_argument(
-        "--workers", type=count, default=os.cpu_count() or 1, metavar="N", help="runs side by side (default: all cores)"
-    )
+    add_run_arguments(what, where, "panel", SECONDS)
     options = parser.parse_args(arguments)
     options.out = options.out or Path(f"out/panel{'-quick' if options.quick else ''}")
     options.tasks, options.decoders = (list(dict.fromkeys(names)) for names in (options.tasks, options.decoders))
@@ -229,8 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     failed = 0
     if not options.report:
         for task in options.tasks:
-            if missing := TASKS[task].missing(options.data):
-                print(f"{task} is left out: {missing}")
+            if lacking := TASKS[task].missing(options.data):
+                print(f"{task} is left out: {lacking}")
         options.tasks = [task for task in options.tasks if TASKS[task].missing(options.data) is None]
         if not options.tasks:
             raise SystemExit("no task is left")

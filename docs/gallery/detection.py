@@ -14,12 +14,12 @@ import time
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from setpred import DSPNDecoder, HungarianLoss, MLPDecoder, PooledEncoder, SetPrediction, StandardScaler
 from setpred.functional import box_iou
 from setpred.metrics import AveragePrecision
+from setpred.plot import draw_boxes
 
 SEED = 0
 SIZE, MOST = 48, 4  # pixels; shapes in an image
@@ -57,12 +57,10 @@ def scenes(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return images, boxes[keep] * present.unsqueeze(-1), is_disc[keep].long(), present
 
 
-def draw(axis: plt.Axes, image: Tensor, boxes: Tensor, classes: Tensor, **style: object) -> None:
+def draw(axis: plt.Axes, image: Tensor, boxes: Tensor, classes: Tensor) -> None:
     """Show an image, and boxes in the colours of their classes."""
-    axis.imshow(image.permute(1, 2, 0), extent=(0, 1, 1, 0))
-    for (left, top, right, bottom), kind in zip(boxes.tolist(), classes.tolist(), strict=True):
-        edge = ("#4fc3ff", "#ffb000")[kind]
-        axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=edge, **style))
+    colours = [("#4fc3ff", "#ffb000")[kind] for kind in classes.tolist()]
+    draw_boxes(boxes, image=image, normalized=True, ax=axis, edgecolors=colours)
     axis.set_axis_off()
 
 
@@ -71,7 +69,7 @@ test_images, test_boxes, test_classes, test_present = scenes(1000, seed=1000)
 
 _, axes = plt.subplots(1, 6, figsize=(10, 1.8))
 for i, axis in enumerate(axes):
-    draw(axis, images[i], boxes[i, present[i]], classes[i, present[i]], linewidth=1.5)
+    draw(axis, images[i], boxes[i, present[i]], classes[i, present[i]])
 plt.show()
 
 # %%
@@ -165,9 +163,9 @@ def show(prediction: SetPrediction) -> None:
     _, axes = plt.subplots(2, 5, figsize=(10, 4.1))
     busy = (test_present.sum(1) >= 3).nonzero()[: axes.shape[1], 0]
     for i, (above, below) in zip(busy, axes.T, strict=True):
-        draw(above, test_images[i], test_boxes[i, test_present[i]], test_classes[i, test_present[i]], linewidth=1.5)
+        draw(above, test_images[i], test_boxes[i, test_present[i]], test_classes[i, test_present[i]])
         found = prediction.elements[i, prediction.mask[i] > 0.5]
-        draw(below, test_images[i], found[:, :4], found[:, 4:].argmax(-1), linewidth=1.5)
+        draw(below, test_images[i], found[:, :4], found[:, 4:].argmax(-1))
     plt.show()
 
 

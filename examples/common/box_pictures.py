@@ -31,7 +31,7 @@ def draw_box_grid(images: Tensor, columns: Mapping[str, tuple[Tensor, Tensor]], 
     for row, image in enumerate(images):
         for axis, (name, (boxes, mask)) in zip(axes[row], columns.items(), strict=True):
             style = {"edgecolors": "white"} if name == "target" else {}
-            draw_boxes(boxes[row], mask[row], image=image, normalized=True, ax=axis, **style)
+            draw_boxes(boxes[row], mask[row].nan_to_num(), image=image, normalized=True, ax=axis, **style)
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
             if row == 0:

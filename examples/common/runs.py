@@ -2,8 +2,9 @@
 
 import argparse
 import json
+import os
 import platform
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 import setpred
+from common.arguments import count, positive
 from common.checkpoint import write_json
 from common.processes import side_by_side
 from common.trial import Budget
@@ -54,6 +56,34 @@ def perform_missing(
             perform(run, options)
         return 0
     return side_by_side([partial(perform, run, options) for run in todo], options.workers)
+
+
+def best_of(trials: Iterable[Run], out: Path, larger_is_better: bool) -> Run | None:
+    """Find the run that is best on validation data at its end, if all are finished."""
+    results = {run: run.result(out) for run in trials}
+    finals = {run: result["final"] for run, result in results.items() if result is not None}
+    if len(finals) < len(results):
+        return None
+    return (max if larger_is_better else min)(finals, key=lambda run: finals[run])
+
+
+def add_run_arguments(
+    what: argparse._ArgumentGroup, where: argparse._ArgumentGroup, name: str, seconds: Mapping[str, float]
+) -> None:
+    """Add what all comparisons are told: how much is run, and where results go."""
+    what.add_argument("--seeds", type=count, default=3, metavar="N", help="0..N-1 (default: %(default)s)")
+    default = ", ".join(f"{value:g} {kind}" for kind, value in seconds.items())
+    what.add_argument(
+        "--seconds", type=positive, metavar="S", help=f"processor time that a run trains (default: {default})"
+    )
+    what.add_argument("--quick", action="store_true", help="a few steps on little data: shows that it runs")
+    what.add_argument("--report", action="store_true", help="tables and pictures of what is there, no training")
+    where.add_argument(
+        "--out", type=Path, metavar="DIR", help=f"results (default: out/{name}, with --quick out/{name}-quick)"
+    )
+    where.add_argument(
+        "--workers", type=count, default=os.cpu_count() or 1, metavar="N", help="runs side by side (default: all cores)"
+    )
 
 
 def check_budgets(out: Path, tasks: Collection[str], budget_of: Callable[[str], Budget]) -> None:
