@@ -387,7 +387,7 @@ def _verdicts(found: Diagnosis, decoder: DSPNDecoder, reach: float) -> list[str]
             + (
                 "This decoder carries no mask: give it a `mask_clamp`."
                 if decoder.mask_clamp is None
-                else "Take presence='bce' in the set loss, or size_feature=True in the encoder."
+                else "Give the encoder size_feature=True, and train on."
             )
         )
     return verdicts

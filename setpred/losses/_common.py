@@ -1,5 +1,6 @@
 """What all set losses share: reduction, and the door through which their arguments come in."""
 
+import warnings
 from dataclasses import dataclass, field, fields
 from functools import wraps
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -182,7 +183,7 @@ def check_probabilities(name: str, value: Tensor) -> None:
     PyTorch's own check there ends the process, and names no argument. Values are not looked at while compiling or
     capturing a CUDA graph, and under transformations that hide them.
     """
-    if torch.compiler.is_compiling() or (value.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if _is_hidden(value):
         return
     value = value.detach()
     try:
@@ -197,10 +198,36 @@ def check_probabilities(name: str, value: Tensor) -> None:
     )
 
 
+def _is_hidden(value: Tensor) -> bool:
+    return torch.compiler.is_compiling() or (value.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _warn_if_certain(pred_mask: Tensor, wanted: Tensor) -> None:
+    """Warn where a probability that is trained is exactly the wrong one of 0 and 1; seen as `check_probabilities` is.
+
+    PyTorch's derivative there is about 1e12, beside which nothing else is learned.
+    """
+    if _is_hidden(pred_mask) or not pred_mask.requires_grad:
+        return
+    try:
+        number = int((pred_mask == (~wanted).to(pred_mask.dtype)).sum())
+    except RuntimeError:  # as above
+        return
+    if number > 0:
+        warnings.warn(
+            f"`pred_mask` is exactly 0 or 1 in {number} of {pred_mask.numel()} rows where presence='bce' wants the "
+            "other one, and its derivative there is about 1e12. Give a clamped mask, as decoders predict it, to "
+            "presence='feature', and what a linear layer gives to 'logits'",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
 def presence_loss(pred_mask: Tensor, wanted: Tensor, presence: Presence) -> Tensor:
     """Binary cross-entropy of each set's mask, (S, N), a mean over its rows: shape (S,)."""
     if presence == "logits":  # finite where an infinite logit is right, unlike PyTorch's function
         return mean_rows(-F.logsigmoid(torch.where(wanted, pred_mask, -pred_mask)))
+    _warn_if_certain(pred_mask, wanted)
     return mean_rows(F.binary_cross_entropy(pred_mask, wanted.to(pred_mask.dtype), reduction="none"))
 
 

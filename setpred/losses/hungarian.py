@@ -101,7 +101,8 @@ def hungarian_loss(
       predictions are matched. Absent targets are zeros; with fewer target rows than predictions, absent ones are added.
     - ``"bce"``: present targets are matched to any predictions; the predicted mask is scored against who was matched:
       :math:`w \frac{1}{N} \sum_i \operatorname{BCE}(\hat m_i, [i \text{ matched}])` is added. For probabilities: of a
-      mask that is clamped to the wrong one of 0 and 1, as decoders here clamp it, the derivative is about 1e12.
+      mask that is clamped to the wrong one of 0 and 1, as decoders here clamp it, the derivative is about 1e12, and a
+      RuntimeWarning says so.
     - ``"logits"``: the same, with :math:`\hat m_i` the sigmoid of the predicted mask.
     - ``"none"``: present targets are matched, ``pred_mask`` is not scored.
 

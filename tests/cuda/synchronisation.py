@@ -52,7 +52,7 @@ def training_step(decoder: nn.Module, loss: Callable[..., Tensor]) -> Step:
 
 
 def cases() -> Iterator[tuple[str, Step]]:
-    """Every decoder and every loss at least once; presence="bce" waits once a call, to see that masks are in [0, 1]."""
+    """Every decoder and every loss at least once; presence="bce" waits, to see its masks."""
     losses = {
         "Chamfer": ChamferLoss(),
         "Chamfer, presence none": ChamferLoss(presence="none"),

@@ -86,6 +86,7 @@ def test_without_masks_sets_are_as_they_are(function: object) -> None:
     torch.testing.assert_close(as_feature, C / (C + 1) * value, **EXACT)
 
 
+@pytest.mark.filterwarnings("ignore:`pred_mask` is exactly 0 or 1:RuntimeWarning")  # the decoder's are clamped
 @every_loss
 @pytest.mark.parametrize("encoder", [PooledEncoder, RelationEncoder])
 @pytest.mark.parametrize("options", [{}, {"size_feature": True}, {"pool": "mean"}, {"pool": "sum"}], ids=str)

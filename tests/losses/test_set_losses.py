@@ -368,6 +368,26 @@ def test_cross_entropy_refuses_what_is_no_probability(
         function(pred, target, pred_mask, target_mask)
 
 
+@pytest.mark.parametrize("loss", [HungarianLoss, ChamferLoss])
+@pytest.mark.parametrize("steps", [None, 2])
+def test_cross_entropy_warns_of_what_is_certain_and_wrong(loss: type[nn.Module], steps: int | None) -> None:
+    """A clamped mask, whose derivative is 1e12; not where nothing is trained, nor where the mask is right."""
+    pred, target, pred_mask, _ = (x.detach() for x in random_sets(3, 4, 4, steps=steps))
+    function, present = loss(presence="bce"), torch.ones(3, 4)
+    cases = [(torch.ones_like(pred_mask), 0 * present)]
+    if loss is HungarianLoss:  # to Chamfer, predictions of mask 0 are not there, and nobody's nearest
+        cases.append((torch.zeros_like(pred_mask), present))
+    for mask, target_mask in cases:
+        assert function(pred, target, mask, target_mask).isfinite()
+        mask = mask.requires_grad_()
+        message = rf"`pred_mask` is exactly 0 or 1 in [1-9]\d* of {mask.numel()} rows where presence='bce' wants"
+        with pytest.warns(RuntimeWarning, match=message):
+            value = function(pred, target, mask, target_mask)
+        assert torch.autograd.grad(value, mask)[0].abs().max() > 1e9
+    right = torch.ones_like(pred_mask).requires_grad_()
+    assert torch.autograd.grad(HungarianLoss(presence="bce")(pred, target, right, present), right)[0].abs().max() < 10
+
+
 def test_values_are_not_looked_at_where_they_cannot_be_seen() -> None:
     loss = ChamferLoss(presence="bce")
     pred, target, pred_mask, target_mask = (x.detach() for x in random_sets(3, 4, 4, steps=2))
