@@ -42,10 +42,14 @@ CONTESTANTS = {
     "mlp": Contestant(lambda encoder, size, channels: MLPDecoder(LATENT, size, channels, WIDTH), {"MLP": {}}),
     "lstm": Contestant(lambda encoder, size, channels: LSTMDecoder(LATENT, size, channels, WIDTH), {"LSTM": {}}),
     "transformer": Contestant(
-        lambda encoder, size, channels: TransformerDecoder(LATENT, size, channels, WIDTH), {"transformer": {}}
+        lambda encoder, size, channels: TransformerDecoder(LATENT, size, channels, WIDTH),
+        {"transformer": {}},
+        of_tokens=lambda encoder, size, channels: TransformerDecoder(LATENT, size, channels, WIDTH),
     ),
     "slots": Contestant(
-        lambda encoder, size, channels: SlotDecoder(LATENT, size, channels, WIDTH, tokens=TOKENS), {"slots": {}}
+        lambda encoder, size, channels: SlotDecoder(LATENT, size, channels, WIDTH, tokens=TOKENS),
+        {"slots": {}},
+        of_tokens=lambda encoder, size, channels: SlotDecoder(LATENT, size, channels, WIDTH),
     ),
     # A transformer's sets as the start of the descent, both trained at once: through all steps, as a start needs.
     "refined": Contestant(

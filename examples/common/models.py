@@ -72,14 +72,37 @@ class EncodedImage(nn.Module):
         return z.float()
 
 
-def small_backbone(out_channels: int) -> nn.Module:
-    """Five convolutions, for CPUs; the positions that are left enter the vector one by one."""
+SMALL_CHANNELS, SMALL_SIDE = 128, 4  # of the small backbone's feature map
+
+
+def _small_convolutions() -> nn.Sequential:
+    """Five convolutions, for CPUs."""
     layers: list[nn.Module] = []
     channels = 3
-    for width, stride in ((32, 2), (64, 2), (96, 2), (128, 2), (128, 1)):
+    for width, stride in ((32, 2), (64, 2), (96, 2), (SMALL_CHANNELS, 2), (SMALL_CHANNELS, 1)):
         layers += [nn.Conv2d(channels, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
         channels = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * channels, out_channels))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(SMALL_SIDE))
+
+
+def small_backbone(out_channels: int) -> nn.Module:
+    """A vector of an image, which the places of the small feature map enter one by one."""
+    return nn.Sequential(*_small_convolutions(), nn.Flatten(), nn.Linear(SMALL_SIDE**2 * SMALL_CHANNELS, out_channels))
+
+
+class SmallTokens(nn.Module):
+    """Tokens of an image, (B, 16, out_channels): the places of the small feature map, to which each adds its own."""
+
+    def __init__(self, out_channels: int) -> None:
+        super().__init__()
+        self.convolutions = _small_convolutions()
+        self.linear = nn.Linear(SMALL_CHANNELS, out_channels)
+        self.place = nn.Parameter(torch.randn(SMALL_SIDE**2, out_channels))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See the class."""
+        tokens: Tensor = self.linear(self.convolutions(images).flatten(2).mT) + self.place
+        return tokens
 
 
 class _Residual(nn.Module):

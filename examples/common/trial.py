@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from common.batches import Batch
-from common.models import EncodedImage, EncodedTarget, SetPredictor, small_backbone
+from common.models import EncodedImage, EncodedTarget, SetPredictor, SmallTokens, small_backbone
 from common.tasks import Data, Draw, Task
 from setpred import PooledEncoder, StandardScaler
 
@@ -30,6 +30,7 @@ class Contestant(NamedTuple):
     make: MakeDecoder
     # How it is evaluated: options of its forward, by what the table says of them. The first one selects.
     evaluations: Mapping[str, Mapping[str, Any]]
+    of_tokens: MakeDecoder | None = None  # where it can: it decodes images from the places of their feature map
 
 
 class Budget(NamedTuple):
@@ -46,8 +47,11 @@ class Budget(NamedTuple):
 def make_model(task: Task, contestant: Contestant) -> SetPredictor:
     """Make the network; DSPN decodes an autoencoder's vector with the encoder that made it."""
     encoder = PooledEncoder(task.channels, LATENT, WIDTH)
-    decoder = contestant.make(encoder, task.set_size, task.channels)
-    return SetPredictor(EncodedImage(small_backbone(LATENT)) if task.images else EncodedTarget(encoder), decoder)
+    of_tokens = contestant.of_tokens if task.images else None
+    make = of_tokens or contestant.make
+    backbone = SmallTokens if of_tokens else small_backbone
+    source = EncodedImage(backbone(LATENT)) if task.images else EncodedTarget(encoder)
+    return SetPredictor(source, make(encoder, task.set_size, task.channels))
 
 
 def batches(train: Batch | Draw, size: int, generator: torch.Generator) -> Iterator[Batch]:

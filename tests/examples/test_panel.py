@@ -57,6 +57,17 @@ def test_quick_run_of_all_tasks_without_files(tmp_path, monkeypatch, capsys):
     assert list((tmp_path / "cache/rendered").iterdir())
 
 
+@pytest.mark.parametrize(("decoder", "from_tokens"), [("transformer", True), ("slots", True), ("dspn", False)])
+def test_images_are_decoded_from_places_where_the_decoder_can(decoder, from_tokens):
+    torch.manual_seed(0)
+    task = TASKS["shapes"]
+    model = trial.make_model(task, panel.CONTESTANTS[decoder])
+    images = torch.rand(2, 3, 64, 64)
+    prediction, z = model(Batch(torch.empty(2, 0, 0), torch.empty(2, 0), images))
+    assert z.shape == ((2, 16, trial.LATENT) if from_tokens else (2, trial.LATENT))
+    assert prediction.elements.shape == (2, task.set_size, task.channels)
+
+
 @pytest.mark.parametrize(
     ("decoder", "made"),
     [("transformer", "TransformerDecoder("), ("slots", "SlotDecoder("), ("refined", "DSPNDecoder(")],
