@@ -25,6 +25,7 @@ import common.requirements  # noqa: F401
 import torch
 from common.curves import draw_panel
 from common.files import cache_directory
+from common.models import Refined
 from common.report import mean_and_spread, table
 from common.runs import Run, add_run_arguments, best_of, check_budgets, missing, perform_missing
 from common.tasks import TASKS, Sources
@@ -51,16 +52,12 @@ CONTESTANTS = {
         {"slots": {}},
         of_tokens=lambda encoder, size, channels: SlotDecoder(LATENT, size, channels, WIDTH),
     ),
-    # A transformer's sets as the start of the descent, both trained at once: through all steps, as a start needs.
     "refined": Contestant(
-        lambda encoder, size, channels: DSPNDecoder.recommended(
-            encoder,
-            set_size=size,
-            channels=channels,
-            init=TransformerDecoder(LATENT, size, channels, WIDTH),
-            differentiate="unrolled",
+        lambda encoder, size, channels: Refined(
+            TransformerDecoder(LATENT, size, channels, WIDTH),
+            DSPNDecoder.recommended(encoder, set_size=size, channels=channels),
         ),
-        {"transformer, then DSPN": {}},
+        {"transformer, then DSPN": {}, "its start": {"refine": False}},
     ),
 }
 RATES = {"autoencoded": (1e-3, 3e-3, 1e-2), "image": (3e-4, 1e-3, 3e-3)}  # of Adam, for every decoder

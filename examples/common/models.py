@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.batches import Batch
-from setpred import SetPrediction, StandardScaler
+from setpred import DSPNDecoder, SetPrediction, StandardScaler
 
 
 class SetPredictor(nn.Module):
@@ -35,6 +35,32 @@ class SetPredictor(nn.Module):
     def count_parameters(self) -> int:
         """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+
+class Refined(nn.Module):
+    """A decoder, and a descent that starts at its sets; in training it returns both, stacked, for a loss of both.
+
+    The descent is differentiated implicitly, which tells its start nothing: that has a loss of its own.
+
+    Args:
+        start: Makes sets of vectors.
+        descent: Makes better ones of them.
+    """
+
+    def __init__(self, start: nn.Module, descent: DSPNDecoder) -> None:
+        super().__init__()
+        self.start, self.descent = start, descent
+
+    def forward(self, z: Tensor, *, refine: bool = True) -> SetPrediction:
+        """Decode vectors (B, D); without ``refine``, by the first decoder alone."""
+        start: SetPrediction = self.start(z)
+        if not refine:
+            return start
+        end: SetPrediction = self.descent(z, init=start)
+        if not self.training:
+            return end
+        elements, mask = (torch.stack(pair) for pair in zip(start[:2], end[:2], strict=True))
+        return SetPrediction(elements, mask)
 
 
 class EncodedTarget(nn.Module):

@@ -1,7 +1,9 @@
 """The networks before the decoders."""
 
 import torch
-from common.models import resnet34, resnet34_backbone
+from common.models import Refined, resnet34, resnet34_backbone
+
+from setpred import DSPNDecoder, MLPDecoder, PooledEncoder, hungarian_loss
 
 
 def test_resnet34_has_the_published_layers():
@@ -36,3 +38,20 @@ def test_a_block_that_adds_nothing_passes_its_input_on():
 def test_backbone_gives_vectors():
     for size in (64, 128):
         assert resnet34_backbone(7)(torch.rand(2, 3, size, size)).shape == (2, 7)
+
+
+def test_a_start_and_its_refinement_are_judged_both():
+    torch.manual_seed(0)
+    encoder = PooledEncoder(2, 8, 8)
+    model = Refined(MLPDecoder(8, 4, 2, 8), DSPNDecoder.recommended(encoder, set_size=4, channels=2))
+    z, target = torch.randn(3, 8), torch.rand(3, 4, 2)
+    elements, mask, _ = model(z)
+    assert elements.shape == (2, 3, 4, 2)
+    hungarian_loss(elements, target, mask).backward()
+    for part in (model.start, model.descent):
+        assert any(parameter.grad.abs().max() > 0 for parameter in part.parameters())
+    model.eval()
+    start, end = model(z, refine=False), model(z)
+    torch.testing.assert_close(start.elements, model.start(z).elements)
+    loss = model.descent.representation_loss
+    assert (loss(end, z) < loss(start, z)).all()

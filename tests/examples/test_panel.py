@@ -70,7 +70,7 @@ def test_images_are_decoded_from_places_where_the_decoder_can(decoder, from_toke
 
 @pytest.mark.parametrize(
     ("decoder", "made"),
-    [("transformer", "TransformerDecoder("), ("slots", "SlotDecoder("), ("refined", "DSPNDecoder(")],
+    [("transformer", "TransformerDecoder("), ("slots", "SlotDecoder("), ("refined", "Refined(")],
 )
 def test_quick_run_of_the_others(tmp_path, monkeypatch, decoder, made):
     monkeypatch.setattr(panel, "RATES", dict.fromkeys(panel.RATES, (1e-3,)))
