@@ -117,7 +117,7 @@ class TransformerDecoder(DirectDecoder):
 
     @override
     def reset_parameters(self) -> None:
-        """Draw new parameters: layers as `nn.Transformer` does, linear maps as `nn.Linear`, queries standard normal."""
+        """Draw new parameters: matrices of layers after Xavier, their biases 0; maps by `nn.Linear`; queries normal."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.LayerNorm)):
                 module.reset_parameters()
@@ -194,4 +194,6 @@ class TransformerDecoder(DirectDecoder):
             return z, None
         weight = mask.to(common_dtype(mask))
         absent = weight == 0
-        return z.masked_fill(absent.unsqueeze(-1), 0), weight.masked_fill(absent.all(1, keepdim=True), 1)
+        weight = weight.masked_fill(absent.all(1, keepdim=True), 1)
+        weight = weight / weight.amax(1, keepdim=True).detach()  # ratios count; products of tiny ones would be 0
+        return z.masked_fill(absent.unsqueeze(-1), 0), weight
