@@ -353,7 +353,9 @@ def test_vmap_without_gradients(queries: str) -> None:
         (ValueError, "`heads` must be at least 1, got 0", {"heads": 0}),
         (ValueError, "`hidden_channels` must be a multiple of `heads`, got 8 and 3", {"heads": 3}),
         (ValueError, "`queries` must be one of 'learned', 'random', 'top-n', got 'given'", {"queries": "given"}),
-        (ValueError, "dropout probability has to be between 0 and 1, but got 2", {"dropout": 2.0}),
+        (ValueError, r"`dropout` must lie in \[0, 1\], got 2.0", {"dropout": 2.0}),
+        (ValueError, r"`dropout` must lie in \[0, 1\], got nan", {"dropout": float("nan")}),
+        (TypeError, r"`dropout` must be a number, got '0.1' \(str\)", {"dropout": "0.1"}),
     ],
 )
 def test_refuses_settings(error: type[Exception], message: str, options: dict[str, Any]) -> None:
