@@ -40,7 +40,8 @@ def _explaining(name: str, reason: str) -> Iterator[None]:
 def _described(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
-    return f"{value!r} ({type(value).__name__})"
+    text, kind = repr(value), type(value).__name__
+    return f"{text} ({kind})" if len(text) <= 80 else kind  # what holds tensors shows them all
 
 
 def check_tensor(name: str, value: object) -> None:

@@ -13,15 +13,16 @@ from setpred._checks import check_at_least, check_count, check_mask, check_shape
 
 
 class Trajectory(NamedTuple):
-    r"""Every step that made a prediction: of an inner optimisation, or the layers of a transformer.
+    r"""Every step that made a prediction: inner steps, a transformer's layers, or slot attention's iterations.
 
     Attributes:
-        elements: :math:`Y_0 \dots Y_T`, shape ``(T+1, B, N, C)``; step 0 is the initial set. Of L layers, the sets
-            after each, shape ``(L, B, N, C)``.
+        elements: :math:`Y_0 \dots Y_T`, shape ``(T+1, B, N, C)``; step 0 is the initial set. Of L layers or
+            iterations, the sets after each, shape ``(L, B, N, C)``.
         mask: Presence at each step, shape ``(T+1, B, N)`` or ``(L, B, N)``.
         repr_loss: What each sample minimises, before each step: the representation loss, and the anchor's term where
             there is one; shape ``(T, B)``. None of layers, which minimise nothing.
-        grad_norm: Euclidean norm of each sample's inner gradient before clipping, shape ``(T, B)``; None of layers.
+        grad_norm: Euclidean norm of each sample's inner gradient before clipping, shape ``(T, B)``; None of
+            layers and iterations.
 
     Example:
         >>> from setpred import DSPNDecoder, PooledEncoder

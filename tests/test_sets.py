@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from setpred import SetPrediction, pad_sets, unpad_sets
+from setpred import SetPrediction, hungarian_loss, pad_sets, unpad_sets
 
 
 def random_sets(sizes: list[int], channels: int) -> list[Tensor]:
@@ -140,3 +140,9 @@ def test_unpad_sets_does_not_take_nan_for_absent(dtype: torch.dtype) -> None:
 def test_unpad_sets_refuses_thresholds(error: type[Exception], message: str, threshold: object) -> None:
     with pytest.raises(error, match=message):
         unpad_sets(torch.rand(3, 4, 2), torch.rand(3, 4), threshold)
+
+
+def test_a_prediction_in_place_of_elements_is_named_and_not_shown() -> None:
+    prediction = SetPrediction(torch.rand(2, 4, 3), torch.rand(2, 4))
+    with pytest.raises(TypeError, match=r"^`pred` must be a tensor, got SetPrediction$"):
+        hungarian_loss(prediction, prediction.elements)  # type: ignore[arg-type]

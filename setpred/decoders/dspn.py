@@ -79,18 +79,20 @@ class DSPNDecoder(nn.Module):
         differentiate: How an outer backward pass goes through the descent: ``"unrolled"``, through every step; or
             ``"implicit"``, in the memory and time of one step's backward, through the last step alone. Implicit,
             :math:`Y_0` receives a gradient only through ``anchor``: without it, a learned :math:`Y_0` stays as it was
-            drawn (and does not require a gradient).
+            drawn (and does not require a gradient), and a module in ``init`` is not trained.
         checkpoint: Whether ``"unrolled"`` keeps only the sets and computes each step again in the backward pass: the
             same gradients in the memory of one step, for more time. What an encoder counts when it is called, such as
             batch normalisation's statistics, it counts twice.
         init: :math:`Y_0`: ``"learned"`` (one parameter, uniform in [0, 1]), ``"random"`` (0.1 times standard normal,
             drawn at each call: an encoder that is trained from many starts decodes from any), or a module from z to
             elements ``(B, N, C)``, or to elements and mask ``(B, N)``, or to a :class:`setpred.SetPrediction`, as
-            another decoder, whose sets are then refined. Masks start at 0.5 unless the module gives them. Other
+            another decoder, whose sets are then refined. Masks start at 0.5 unless the module gives them; that of a
+            prediction is left out where no mask is carried. A module is given z in the dtype of its parameters. Other
             sets than the learned one are carried in the dtype of the encoder's parameters, if it has any.
         starts: Number of descents K, of which each sample keeps the one with the least representation loss at its end;
-            the first is from :math:`Y_0`, the others from random sets, as ``"random"`` draws them. They run side by
-            side; in eager mode with ``tol``, one after the other, for the samples whose loss is above it.
+            the first is from :math:`Y_0`, the others from random elements, as ``"random"`` draws them, with the masks
+            of :math:`Y_0`. They run side by side; in eager mode with ``tol``, one after the other, for the samples
+            whose loss is above it.
         scaler: Standardises elements: the descent, the encoder, the anchor and the learned or random :math:`Y_0` are in
             its coordinates; what is returned or given as ``init``, and what ``project`` sees, are in the users'. See
             :class:`setpred.StandardScaler`.
@@ -151,8 +153,8 @@ class DSPNDecoder(nn.Module):
         check_choice("differentiate", differentiate, ("unrolled", "implicit"))
         if checkpoint and differentiate == "implicit":
             raise ValueError("`checkpoint` must be False when `differentiate` is 'implicit', which keeps but one step")
-        if not isinstance(init, nn.Module):
-            check_choice("init", init, ("learned", "random"))
+        if not isinstance(init, nn.Module) and init not in ("learned", "random"):
+            raise ValueError(f"`init` must be 'learned', 'random' or a module, got {init!r}")
         check_count("starts", starts)
         check_scaler(scaler, channels)
         self.encoder = encoder
@@ -297,15 +299,18 @@ class DSPNDecoder(nn.Module):
                 decoder's own.
             starts: Number of descents for each sample, by default the decoder's.
             record: Whether to keep the trajectory; by default in training mode with ``"unrolled"`` only.
-            generator: Source of random initial sets.
-            chunk_size: Number of samples that are decoded at a time, so that memory goes with it and not with B; by
-                default all. What is predicted is the same, unless the encoder mixes samples (BatchNorm in training).
+            generator: Source of random initial sets. A module in ``init`` does not get it: a start that is random, but
+                shall be the same again, is given as ``init=start(z, generator=generator)``.
+            chunk_size: Number of samples that descend at a time, by default all. Without gradients, the memory of the
+                descent goes with it and not with B. What is predicted is the same, unless the encoder mixes samples
+                (BatchNorm in training).
 
         Returns:
             The predicted sets, with their trajectory if recorded.
 
         Raises:
-            ValueError: If a shape is wrong, or the encoder does not return ``(B, D)``.
+            ValueError: If a shape is wrong, the encoder does not return ``(B, D)``, or ``init`` comes with a mask where
+                none is carried.
             TypeError: If a dtype is wrong.
         """
         check_shape("z", z, "B", "D")
@@ -352,11 +357,13 @@ class DSPNDecoder(nn.Module):
             if self.initial_elements is not None:
                 given = self.initial_elements.expand(shape)
             elif isinstance(self.init, nn.Module):
-                given = self.init(z)
+                given = self.init(z.to(parameter_dtype(self.init) or z.dtype))
             else:
                 given = _random_elements(shape, z if dtype is None else z.to(dtype), generator)
         if isinstance(given, SetPrediction):
             given = given.elements if self.mask_clamp is None else given[:2]
+        if isinstance(given, tuple) and len(given) != 2:
+            raise ValueError(f"`init` must be elements, or elements and mask, or a prediction, got {len(given)} parts")
         elements, mask = given if isinstance(given, tuple) else (given, None)
         check_shape("init elements", elements, *shape)
         check_mask("init mask", mask, shape[:2])

@@ -61,7 +61,7 @@ class SlotDecoder(DirectDecoder):
         hidden_channels: Size H of a slot. The MLP of an iteration is twice as wide.
         iters: Number of iterations T.
         tokens: Number S of tokens that a vector is mapped to, by a linear layer; None takes tokens themselves. With a
-            single token there is nothing to compete for: all slots get the same, and differ as they were drawn.
+            single token there is nothing to compete for: slots differ as they were drawn.
         attention: ``"softmax"``, ``"sinkhorn"`` or ``"mesh"``.
         differentiate: ``"unrolled"`` differentiates every iteration; ``"implicit"`` runs all but the last without a
             graph and differentiates that one, with the slots before it held constant: the implicit function theorem at
@@ -138,7 +138,7 @@ class SlotDecoder(DirectDecoder):
         self.key, self.value, self.query = linear(width, hidden), linear(width, hidden), linear(hidden, hidden)
         self.token_weight = None if attention == "softmax" else linear(width, 1)
         self.slot_weight = None if attention == "softmax" else linear(hidden, 1)
-        self.gru = nn.GRUCell(hidden, hidden, device=device, dtype=dtype)
+        self.gru = _GRUCell(hidden, hidden, device=device, dtype=dtype)
         self.mlp = mlp(2 * hidden, hidden)
         self.output = mlp(hidden, self.out_channels)
         self._standard_slots()
@@ -213,6 +213,8 @@ class SlotDecoder(DirectDecoder):
 
     def _inputs(self, z: Tensor, mask: Tensor | None) -> _Inputs:
         mask = torch.ones_like(z[..., 0]) if mask is None else mask
+        if z.shape[1] == 0:  # as one that is absent: a plan without rows has no derivative
+            z, mask = (torch.cat([x, x.new_zeros(len(x), 1, *x.shape[2:])], 1) for x in (z, mask))
         absent = mask <= 0
         tokens = self.norm_tokens(z.masked_fill(absent.unsqueeze(2), 0))
         keys, values = self.key(tokens), self.value(tokens)
@@ -220,6 +222,7 @@ class SlotDecoder(DirectDecoder):
         # Where none is present, all weigh something and say nothing.
         none = absent.all(1, keepdim=True)
         weight = mask.to(dtype).masked_fill(absent, 0).masked_fill(none, 1)
+        weight = weight / weight.amax(1, keepdim=True).detach()  # ratios count; products of tiny ones would be 0
         if self.token_weight is not None:
             weight = self.token_weight(tokens).squeeze(2).to(dtype).softmax(1) * weight
             weight = weight / weight.sum(1, keepdim=True)
@@ -257,7 +260,7 @@ class SlotDecoder(DirectDecoder):
                 plan = differentiable_plan(cost, weight, slot_weight, epsilon=1.0, iters=_TRANSPORT_ITERS)
                 share = slots.shape[1] * plan
             updates = (share.mT @ values).to(slots.dtype)
-        slots = _gru(self.gru, updates, slots)
+        slots = self.gru(updates, slots)
         mapped: Tensor = self.mlp(self.norm_mlp(slots))
         return slots + mapped
 
@@ -269,12 +272,15 @@ class SlotDecoder(DirectDecoder):
         )
 
 
-def _gru(cell: nn.GRUCell, x: Tensor, hidden: Tensor) -> Tensor:
-    """What the cell computes; PyTorch has no rules for it in vmap, nor on CUDA in forward mode."""
-    of_x, of_hidden = F.linear(x, cell.weight_ih, cell.bias_ih), F.linear(hidden, cell.weight_hh, cell.bias_hh)
-    (reset, keep, new), (reset_hidden, keep_hidden, new_hidden) = of_x.chunk(3, -1), of_hidden.chunk(3, -1)
-    new = torch.tanh(new + torch.sigmoid(reset + reset_hidden) * new_hidden)
-    return new + torch.sigmoid(keep + keep_hidden) * (hidden - new)
+class _GRUCell(nn.GRUCell):
+    """The same, in other operations: PyTorch has no rules for its own in vmap, nor on CUDA in forward mode."""
+
+    @override
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:  # type: ignore[override]
+        of_x, of_hidden = F.linear(x, self.weight_ih, self.bias_ih), F.linear(hidden, self.weight_hh, self.bias_hh)
+        (reset, keep, new), (reset_hidden, keep_hidden, new_hidden) = of_x.chunk(3, -1), of_hidden.chunk(3, -1)
+        new = torch.tanh(new + torch.sigmoid(reset + reset_hidden) * new_hidden)
+        return new + torch.sigmoid(keep + keep_hidden) * (hidden - new)
 
 
 @torch.no_grad()

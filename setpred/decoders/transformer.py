@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import override
 
-from setpred._checks import check_choice, check_count, check_mask, check_shape, check_tensor, in_transform
+from setpred._checks import (
+    check_choice,
+    check_count,
+    check_mask,
+    check_number,
+    check_shape,
+    check_tensor,
+    in_transform,
+)
 from setpred.decoders._queries import QUERIES
 from setpred.decoders.direct import DirectDecoder
 from setpred.functional._precision import common_dtype
@@ -94,6 +102,9 @@ class TransformerDecoder(DirectDecoder):
         check_choice("queries", queries, QUERIES)
         if hidden_channels % heads != 0:
             raise ValueError(f"`hidden_channels` must be a multiple of `heads`, got {hidden_channels} and {heads}")
+        check_number("dropout", dropout)
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"`dropout` must lie in [0, 1], got {dropout!r}")
         # They are where elements start. DETR starts from zeros instead, and adds its queries to what attends: of one
         # token, all elements would then stay alike.
         self.queries = QUERIES[queries](set_size, hidden_channels, device=device, dtype=dtype)
@@ -117,7 +128,7 @@ class TransformerDecoder(DirectDecoder):
 
     @override
     def reset_parameters(self) -> None:
-        """Draw new parameters: layers as `nn.Transformer` does, linear maps as `nn.Linear`, queries standard normal."""
+        """Draw new parameters: matrices of layers after Xavier, their biases 0; maps by `nn.Linear`; queries normal."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.LayerNorm)):
                 module.reset_parameters()
@@ -194,4 +205,6 @@ class TransformerDecoder(DirectDecoder):
             return z, None
         weight = mask.to(common_dtype(mask))
         absent = weight == 0
-        return z.masked_fill(absent.unsqueeze(-1), 0), weight.masked_fill(absent.all(1, keepdim=True), 1)
+        weight = weight.masked_fill(absent.all(1, keepdim=True), 1)
+        weight = weight / weight.amax(1, keepdim=True).detach()  # ratios count; products of tiny ones would be 0
+        return z.masked_fill(absent.unsqueeze(-1), 0), weight

@@ -89,7 +89,7 @@ class AttentionEncoder(nn.Module):
         if inducing_points is not None:
             check_count("inducing_points", inducing_points)
         if hidden_channels % heads != 0:
-            raise ValueError(f"`hidden_channels` must be a multiple of `heads`, {heads}, got {hidden_channels}")
+            raise ValueError(f"`hidden_channels` must be a multiple of `heads`, got {hidden_channels} and {heads}")
         self.in_channels, self.out_channels, self.inducing_points = in_channels, out_channels, inducing_points
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.embed = nn.Linear(in_channels + 1, hidden_channels, **options)

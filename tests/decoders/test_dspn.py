@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from setpred import DSPNDecoder, GradientDescent, MLPDecoder, PolyakDescent, PooledEncoder, SetPrediction
+from setpred import (
+    DSPNDecoder,
+    GradientDescent,
+    MLPDecoder,
+    PolyakDescent,
+    PooledEncoder,
+    SetPrediction,
+    SlotDecoder,
+)
 from tests import devices, oracles
 from tests.rules import paper_decoder, with_rule
 
@@ -292,6 +300,33 @@ def test_prediction_of_another_decoder_is_a_start(mask_clamp: tuple[float, float
     assert_close(plain(z, init=prediction), plain(z, init=given))
 
 
+@pytest.mark.parametrize("first", [MLPDecoder(D, N, C, 8), SlotDecoder(D, N, C, 8, tokens=2)])
+def test_a_start_of_another_dtype(first: nn.Module) -> None:
+    """It is given z in its own, as the encoder is; a random one draws the same again if it is asked by itself."""
+    decoder = make_decoder(init=first)
+    for z in (make_z(), make_z().bfloat16()):
+        start = first(z.float()) if isinstance(first, MLPDecoder) else first(z.float(), generator=devices.generator(1))
+        one, two = decoder(z).trajectory, decoder(z, init=start).trajectory
+        assert one.elements.dtype == torch.float64
+        assert_close(two.elements[0], start.elements.double())
+        if isinstance(first, MLPDecoder):
+            assert_close(one.elements, two.elements)
+
+
+def test_of_a_prediction_the_mask_is_left_out_where_none_is_carried() -> None:
+    prediction, z = MLPDecoder(D, N, C, 8, dtype=torch.float64)(make_z()), make_z()
+    decoder = make_decoder(mask_clamp=None)
+    assert_close(decoder(z, init=prediction).elements, decoder(z, init=prediction.elements).elements)
+
+
+def test_several_starts_have_the_masks_of_the_first() -> None:
+    decoder, z = make_decoder(init=MLPDecoder(D, N, C, 8, dtype=torch.float64)), make_z()
+    elements, mask, _ = decoder.init(z)
+    steps = decoder(z, starts=20).trajectory
+    assert not torch.equal(steps.elements[0], elements)  # another one was the best
+    assert_close(steps.mask[0], mask)
+
+
 @pytest.mark.parametrize("mask_clamp", [(0.0, 1.0), (0.25, 0.75), None])
 @BOTH_DERIVATIVES
 def test_project_comes_after_the_clamp_of_each_step(mask_clamp: tuple[float, float] | None, differentiate: str) -> None:
@@ -456,7 +491,8 @@ def test_an_empty_batch_is_decoded_to_an_empty_batch() -> None:
             "`checkpoint` must be False when `differentiate` is 'implicit'",
             {"checkpoint": True, "differentiate": "implicit"},
         ),
-        (ValueError, "`init` must be one of 'learned', 'random', got 'zeros'", {"init": "zeros"}),
+        (ValueError, "`init` must be 'learned', 'random' or a module, got 'zeros'", {"init": "zeros"}),
+        (ValueError, "`init` must be 'learned', 'random' or a module, got <class", {"init": MLPDecoder}),
         *[
             (ValueError, "`mask_clamp` must be an increasing pair of numbers or None, got", {"mask_clamp": wrong})
             for wrong in [(1.0, 0.0), (0.0, 0.0), (0.0, float("nan")), (0.0,), (0.0, 0.5, 1.0), 0.5, ("a", "b")]
@@ -538,6 +574,13 @@ def test_refuses_an_encoder_whose_result_is_not_like_z(
     decoder = paper_decoder(encoder, set_size=N, channels=C, differentiate=differentiate, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"`encoder\(elements, mask\)` " + message):
         decoder(make_z())
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_refuses_other_parts_of_a_start(parts: int) -> None:
+    start, message = (torch.zeros(3, N, C),) * parts, rf"elements and mask, or a prediction, got {parts} parts$"
+    with pytest.raises(ValueError, match=message):
+        make_decoder()(make_z(), init=start)
 
 
 def test_refuses_a_mask_where_none_is_carried() -> None:

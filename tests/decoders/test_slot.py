@@ -192,9 +192,37 @@ def test_without_tokens_slots_are_told_nothing(attention: str, differentiate: st
     torch.testing.assert_close((prediction.elements[1:], prediction.mask[1:]), tuple(empty[:2]))
     torch.testing.assert_close(prediction.elements[:1], decoder(z[:1], init=slots[:1]).elements)
     parameters = [p for p in decoder.parameters() if p.requires_grad]
-    found = torch.autograd.grad(prediction.elements.sum(), [z, *parameters], allow_unused=True)
-    assert all(g is None or bool(g.isfinite().all()) for g in found)
+    for sets in (empty, prediction):
+        found = torch.autograd.grad(sets.elements.sum(), [z, *parameters], allow_unused=True)
+        assert all(g is None or bool(g.isfinite().all()) for g in found)
     assert (found[0][1:] == 0).all()
+
+
+@ATTENTION
+def test_of_weights_the_ratios_count(attention: str) -> None:
+    """Of tiny ones too, as a sigmoid gives them."""
+    decoder, (z, slots) = make(attention=attention), draw(dtype=torch.float32)
+    parameters = [p for name, p in decoder.named_parameters() if not name.startswith("slot_")]
+    if decoder.slot_weight is not None:
+        parameters += decoder.slot_weight.parameters()
+    results = []
+    for scale in (1.0, 2.0**-140):
+        prediction = decoder(z, torch.tensor([1.0, 0.5, 0.0, 1.0, 0.25]).expand(3, S) * scale, init=slots)
+        results.append((*prediction[:2], *torch.autograd.grad(prediction.elements.sum(), parameters)))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@ATTENTION
+def test_what_lives_in_a_layer_is_called(attention: str) -> None:
+    decoder, (z, slots), seen = make(attention=attention), draw(dtype=torch.float32), set()
+    expected = decoder(z, init=slots).elements
+    layers = [layer for layer in decoder.modules() if [*layer.parameters()] and not [*layer.children()]]
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, inputs, output: seen.add(layer))
+    decoder(z, init=slots)
+    assert seen == set(layers)
+    decoder.gru.register_forward_hook(lambda layer, inputs, output: 0 * output)
+    assert not torch.allclose(decoder(z, init=slots).elements, expected)
 
 
 @ATTENTION

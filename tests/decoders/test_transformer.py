@@ -161,6 +161,19 @@ def test_a_token_of_mask_one_half_weighs_half(queries: str) -> None:
 
 
 @EVERY_KIND
+def test_of_weights_the_ratios_count(queries: str) -> None:
+    """Of tiny ones too, as a sigmoid gives them."""
+    decoder, z = make(queries, dtype=torch.float32), tokens().float()
+    weight = torch.tensor([1.0, 0.5, 0.0, 1.0, 0.25]).expand(B, S)
+    results = []
+    for scale in (1.0, 2.0**-140):
+        prediction = decode(decoder, z, scale * weight)
+        parameters = torch.autograd.grad(prediction.elements.sum(), decoder.parameters(), materialize_grads=True)
+        results.append((prediction.elements, *parameters))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@EVERY_KIND
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
 def test_a_sample_without_tokens_is_decoded_from_zeros(queries: str, dtype: torch.dtype) -> None:
     decoder, mask = make(queries), holes()
@@ -279,7 +292,7 @@ def test_dropout_is_for_training() -> None:
 
 @EVERY_KIND
 def test_new_parameters(queries: str) -> None:
-    """Layers as those of `nn.Transformer`: matrices after Xavier, biases zero."""
+    """Of layers: matrices after Xavier, as in `nn.Transformer`, and biases zero."""
     decoder = make(queries)
     before = copy.deepcopy(decoder.state_dict())
     with torch.no_grad():
@@ -340,7 +353,9 @@ def test_vmap_without_gradients(queries: str) -> None:
         (ValueError, "`heads` must be at least 1, got 0", {"heads": 0}),
         (ValueError, "`hidden_channels` must be a multiple of `heads`, got 8 and 3", {"heads": 3}),
         (ValueError, "`queries` must be one of 'learned', 'random', 'top-n', got 'given'", {"queries": "given"}),
-        (ValueError, "dropout probability has to be between 0 and 1, but got 2", {"dropout": 2.0}),
+        (ValueError, r"`dropout` must lie in \[0, 1\], got 2.0", {"dropout": 2.0}),
+        (ValueError, r"`dropout` must lie in \[0, 1\], got nan", {"dropout": float("nan")}),
+        (TypeError, r"`dropout` must be a number, got '0.1' \(str\)", {"dropout": "0.1"}),
     ],
 )
 def test_refuses_settings(error: type[Exception], message: str, options: dict[str, Any]) -> None:

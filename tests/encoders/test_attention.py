@@ -245,7 +245,7 @@ def test_large_logits_do_not_overflow() -> None:
         (ValueError, "`in_channels` must be at least 1, got 0", (0, 5), {}),
         (ValueError, "`out_channels` must be at least 1, got 0", (2, 0), {}),
         (ValueError, "`hidden_channels` must be at least 1, got 0", (2, 5, 0), {}),
-        (ValueError, "`hidden_channels` must be a multiple of `heads`, 4, got 6", (2, 5, 6), {}),
+        (ValueError, "`hidden_channels` must be a multiple of `heads`, got 6 and 4", (2, 5, 6), {}),
         (ValueError, "`layers` must be at least 1, got 0", (2, 5), {"layers": 0}),
         (TypeError, "`heads` must be an integer, got 2.5", (2, 5), {"heads": 2.5}),
         (ValueError, "`inducing_points` must be at least 1, got 0", (2, 5), {"inducing_points": 0}),

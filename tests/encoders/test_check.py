@@ -72,6 +72,10 @@ class Summed(nn.Module):
             vector = 1e-3 * vector
         if fault == "steep":
             vector = 1e2 * vector
+        if fault == "rounded":
+            vector = vector.round().long()
+        if fault == "refuses zeros" and bool((m == 0).any()):
+            raise ValueError("nobody is there")
         if fault == "single":
             vector = vector.float()
         if fault == "rows":
@@ -130,6 +134,8 @@ class FirstOnly(torch.autograd.Function):
 FAULTS = {
     "no mask": "It does not run: TypeError: forward",
     "rows": "It must return one vector a set",
+    "rounded": "a vector of a floating dtype, and returns torch.int64",
+    "refuses zeros": "does not run where elements and mask are 0: ValueError: nobody",
     "infinite": "not finite for standard normal",
     "in place": "changes its input in place",
     "dropout": "It is random",
@@ -197,6 +203,27 @@ def test_functions_are_checked_too() -> None:
     assert check.ok, check
     assert check.out_channels == C + 1
     assert check.absent_count is False
+
+
+def test_of_one_number_of_rows() -> None:
+    """What absent rows do cannot be found out."""
+    weight = torch.randn(N, dtype=torch.float64)
+
+    def ranked(elements: Tensor, mask: Tensor | None) -> Tensor:
+        m = elements.new_ones(elements.shape[:2]) if mask is None else mask
+        rows = torch.cat([elements, torch.ones_like(elements[..., :1])], -1) * m.unsqueeze(-1)
+        return torch.einsum("bnc,n->bc", rows.sort(1).values, weight)
+
+    check = check_encoder(ranked, C, set_size=N)
+    assert check.absent_count is None
+    assert check.ok, check
+
+
+def test_in_inference_mode() -> None:
+    encoder = PooledEncoder(C, 64)
+    expected = check_encoder(encoder, C)
+    with torch.inference_mode():
+        assert check_encoder(encoder, C) == expected
 
 
 def test_nothing_changes() -> None:
