@@ -13,7 +13,6 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops import scan
 from torch.autograd.forward_ad import unpack_dual
 from torch.utils import _pytree as pytree
 
@@ -23,8 +22,6 @@ from setpred.functional._recompute import Recompute
 from setpred.functional.step import Gradient, GradientDescent, Point, PolyakDescent, StepRule, as_rule, per_sample
 
 Y = TypeVar("Y", Tensor, tuple[Tensor, ...])
-# A prototype of PyTorch's, whose derivatives are right since 2.14; earlier, each step is compiled.
-_SCANS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
 
 
 class Descent(NamedTuple, Generic[Y]):
@@ -311,24 +308,20 @@ def descend(
     def run_loop(y: Point, steps: int) -> tuple[Point, Any]:
         """As run(), of which one step is compiled, whatever their number."""
 
-        def body(carry: tuple[Point, Any], _: Tensor) -> tuple[Any, Any]:
-            y, state, loss, norm = step(*carry, args)
-            return _laid_out((y, state)), _laid_out((y, loss, norm) if record else loss)
+        def body(done: Tensor, y: Point, state: Any) -> tuple[Tensor, Point, Any]:
+            y, state, _, _ = step(y, state, args)
+            return done + 1, *_laid_out((y, state))
 
-        start = _laid_out((y, rule.init(y)))
-        (y, state), kept = scan(body, start, torch.zeros(steps, device=y[0].device))
-        if record:
-            parts, *at = kept
-            for *point, loss, norm in zip(*(part.unbind() for part in (*parts, *at)), strict=True):
-                keep(tuple(point), loss, norm)
-        return y, state
+        start = torch.zeros((), dtype=torch.int64, device=y[0].device)  # whatever the default device is
+        carried = (start, *_laid_out((y, rule.init(y))))
+        looped = torch.while_loop(lambda done, y, state: done < steps, body, carried)  # type: ignore[no-untyped-call]
+        return looped[1], looped[2]
 
     def run(y: Point, steps: int) -> tuple[Point, Any]:
         if (
             torch.compiler.is_dynamo_compiling()
             and not is_exporting()
-            and _SCANS
-            and not in_transform()
+            and not (torch.is_grad_enabled() or record or in_transform())
             and y[0].device.type == "cpu"  # elsewhere the loop would wait for the device at every step
             and type(rule) in (GradientDescent, PolyakDescent)  # one of the user's may do what a loop cannot
             and value_and_grad(packed(y), *args) is not None  # so may an encoder
