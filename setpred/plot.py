@@ -175,13 +175,14 @@ def draw_boxes(
     ax.autoscale_view()
     if len(outlines.get_edgecolor()) > 0:
         colours = np.resize(outlines.get_edgecolor(), colours.shape)
-    for i, (left, top, right, bottom) in enumerate(() if labels is None else edges.tolist()):
+    for i, text in enumerate(() if labels is None else labels):
+        left, top, right, bottom = edges[i].tolist()
         alpha = None if opacity is None else opacity[i]
         room = 0.0
         if image is not None and right > 0 and bottom > 0:  # where the box is seen, so is its label: inside if need be
             left, top, room = max(left, 0.0), max(top, 0.0), 0.1 * height
         va = "top" if top < room else "bottom"
-        ax.text(left, top, labels[i], color=colours[i, :3], alpha=alpha, fontsize="small", va=va, clip_on=True)
+        ax.text(left, top, text, color=colours[i, :3], alpha=alpha, fontsize="small", va=va, clip_on=True)
     ax.set_aspect("equal")
     return ax
 
