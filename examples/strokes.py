@@ -5,9 +5,9 @@ makes 1 to 12 strokes of the vector. DSPN, of which nothing is set but four star
 descent on the set; the MLP and the LSTM emit a list. Every decoder trains for the same seconds of one core; the table
 at the end is of characters that none of them saw.
 
-    python examples/strokes.py                            # about ten minutes on two CPU cores
     npm pack hanzi-writer-data && tar xzf hanzi-writer-data-*.tgz
-    python examples/strokes.py --data package --seeds 3   # from npm; mean and spread over three seeds
+    python examples/strokes.py --data package             # about ten minutes on two CPU cores
+    python examples/strokes.py --data package --seeds 3   # mean and spread over three seeds
 
 The characters are of Make Me a Hanzi, derived from Arphic's fonts, under the Arphic Public License. This file is the
 whole program: copy it and change it.
