@@ -1,9 +1,9 @@
 """Quickstart: handwritten digits as point sets, through a vector and back, by three decoders.
 
 Each digit is the set of its bright pixels' coordinates. An encoder squeezes it into one vector; a decoder makes the
-set again. DSPN, of which no setting is touched, decodes by gradient descent on the set; the MLP and the LSTM emit a
-list. Every decoder trains for about the same time on one core; the table at the end shows the error on digits that
-none of them saw.
+set again. DSPN, of which nothing is set but the steps in evaluation, decodes by gradient descent on the set; the MLP
+and the LSTM emit a list. Every decoder trains for about the same time on one core; the table at the end shows the
+error on digits that none of them saw.
 
     python examples/quickstart.py            # about two minutes on two CPU cores
     python examples/quickstart.py --seeds 3  # mean and spread over three seeds

@@ -1,13 +1,13 @@
 """Strokes: an image of a Chinese character becomes the set of its strokes, by three decoders.
 
 Each stroke is a curve of five points, in no order. A small convolutional network makes a vector of the image; a decoder
-makes 1 to 12 strokes of the vector. DSPN, of which no setting is touched, decodes by gradient descent on the set; the
-MLP and the LSTM emit a list. Every decoder trains for the same seconds of one core; the table at the end is of
-characters that none of them saw.
+makes 1 to 12 strokes of the vector. DSPN, of which nothing is set but four starts in evaluation, decodes by gradient
+descent on the set; the MLP and the LSTM emit a list. Every decoder trains for the same seconds of one core; the table
+at the end is of characters that none of them saw.
 
-    python examples/strokes.py                            # about ten minutes on two CPU cores
     npm pack hanzi-writer-data && tar xzf hanzi-writer-data-*.tgz
-    python examples/strokes.py --data package --seeds 3   # from npm; mean and spread over three seeds
+    python examples/strokes.py --data package             # about ten minutes on two CPU cores
+    python examples/strokes.py --data package --seeds 3   # mean and spread over three seeds
 
 The characters are of Make Me a Hanzi, derived from Arphic's fonts, under the Arphic Public License. This file is the
 whole program: copy it and change it.

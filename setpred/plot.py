@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,7 +51,9 @@ def draw_points(elements: Tensor, mask: Tensor | None = None, *, ax: Axes | None
     check_shape("elements", elements, "N", "C")
     opacity = _opacity(mask, elements)
     ax = _axes(ax, elements)
-    ax.scatter(*_numbers(elements).T, **_faded(style, opacity))
+    points = _numbers(elements)
+    kept = np.isfinite(points).all(1) if ax.name == "3d" else ...  # in space, `scatter` leaves others out
+    ax.scatter(*points.T, **_faded(style, opacity, kept))
     ax.set_aspect("equal")
     return ax
 
@@ -85,10 +88,13 @@ def draw_trajectory(elements: Tensor, mask: Tensor | None = None, *, ax: Axes | 
     check_shape("elements", elements, "T+1", "N", "C")
     opacity = _opacity(mask, elements)
     ax = _axes(ax, elements)
-    shared = {"linewidth": 1.0, "marker": "o", "markersize": 4.0, "markevery": [-1], **style}
+    from matplotlib.cbook import normalize_kwargs
+    from matplotlib.lines import Line2D
+
+    shared = {"linewidth": 1.0, "marker": "o", "markersize": 4.0, "markevery": [-1], **normalize_kwargs(style, Line2D)}
     for i, path in enumerate(_numbers(elements).swapaxes(0, 1)):
         (line,) = ax.plot(*path.T, **shared)
-        if opacity is not None:
+        if opacity is not None and len(opacity) > 0:
             line.set_alpha(opacity[-1, i])
     ax.set_aspect("equal")
     return ax
@@ -112,7 +118,7 @@ def draw_boxes(
         mask: Presence, bool or float in [0, 1], shape ``(N,)``; all present by default.
         image: What to draw under them: shape ``(3, H, W)``, ``(1, H, W)`` or ``(H, W)``, uint8 or floating in [0, 1].
         normalized: Whether boxes are in shares of the image's width and height instead of pixels.
-        labels: Text for each box.
+        labels: Text for each box, in the colour of its outline.
         ax: Where to draw.
         **style: Of matplotlib's ``PolyCollection``, each one value or one for each box: ``edgecolors`` (by default one
             for each box), ``facecolors``, ``linewidths``, ``linestyles`` and others.
@@ -137,14 +143,16 @@ def draw_boxes(
     if image is not None:
         if getattr(image, "dtype", None) != torch.uint8:
             check_tensor("image", image)
-        if image.dim() not in (2, 3) or (image.dim() == 3 and image.shape[0] not in (1, 3)):
+        if image.dim() not in (2, 3) or (image.dim() == 3 and image.shape[0] not in (1, 3)) or image.numel() == 0:
             raise ValueError(f"`image` must have shape (3, H, W), (1, H, W) or (H, W), got shape {tuple(image.shape)}")
     elif normalized:
         raise ValueError("`normalized` needs `image`, whose width and height it refers to")
     if labels is not None and len(labels) != len(boxes):
         raise ValueError(f"`labels` must hold one text for each of {len(boxes)} boxes, got {len(labels)}")
     ax = _axes(ax)
+    from matplotlib.cbook import normalize_kwargs
     from matplotlib.collections import PolyCollection
+    from matplotlib.colors import to_rgba_array
 
     edges = boxes.detach().cpu().double()
     if image is not None:
@@ -157,13 +165,24 @@ def draw_boxes(
     elif not ax.yaxis_inverted():
         ax.invert_yaxis()
     corners = edges[:, [0, 1, 2, 1, 2, 3, 0, 3]].view(-1, 4, 2)
-    colours = [f"C{i}" for i in range(len(boxes))]
-    shared: dict[str, Any] = {"facecolors": "none", "edgecolors": colours, "linewidths": 1.5, **style}
-    ax.add_collection(PolyCollection(list(corners.numpy()), **_faded(shared, opacity)))
+    style = normalize_kwargs(style, PolyCollection)
+    if "color" in style:  # matplotlib's word for both
+        style["facecolor"] = style["edgecolor"] = style.pop("color")
+    colours = to_rgba_array([f"C{i}" for i in range(len(boxes))])
+    shared: dict[str, Any] = {"facecolor": "none", "edgecolor": colours, "linewidth": 1.5, **style}
+    outlines = PolyCollection(list(corners.numpy()), **_faded(shared, opacity))
+    ax.add_collection(outlines)
     ax.autoscale_view()
-    for i, (text, (left, top)) in enumerate(zip(labels or (), corners[:, 0].tolist(), strict=False)):
+    if len(outlines.get_edgecolor()) > 0:
+        colours = np.resize(outlines.get_edgecolor(), colours.shape)
+    for i, text in enumerate(() if labels is None else labels):
+        left, top, right, bottom = edges[i].tolist()
         alpha = None if opacity is None else opacity[i]
-        ax.text(left, top, text, color=colours[i], alpha=alpha, fontsize="small", va="bottom", clip_on=True)
+        room = 0.0
+        if image is not None and right > 0 and bottom > 0:  # where the box is seen, so is its label: inside if need be
+            left, top, room = max(left, 0.0), max(top, 0.0), 0.1 * height
+        va = "top" if top < room else "bottom"
+        ax.text(left, top, text, color=colours[i, :3], alpha=alpha, fontsize="small", va=va, clip_on=True)
     ax.set_aspect("equal")
     return ax
 
@@ -240,12 +259,24 @@ def _opacity(mask: Tensor | None, elements: Tensor) -> Any:
     return _numbers(mask).clip(0, 1)
 
 
-def _faded(style: dict[str, Any], opacity: Any) -> dict[str, Any]:
-    """A style of a collection, with an opacity for each of its members."""
+def _faded(style: dict[str, Any], opacity: Any, kept: Any = ...) -> dict[str, Any]:
+    """A style of a collection, with an opacity for each of its members, of which some are kept."""
+    from matplotlib.cbook import normalize_kwargs
+    from matplotlib.collections import Collection
     from matplotlib.colors import to_rgba_array
 
+    style = normalize_kwargs(style, Collection)
     if opacity is None or opacity.size == 0:
         return style
-    if style.get("facecolors") == "none":  # matplotlib wants as many faces as opacities
-        return style | {"edgecolors": to_rgba_array(style.get("edgecolors", "C0"), opacity)}
-    return style | {"alpha": opacity}
+    hollow = _is_word(style.get("facecolor"), "none")
+    if hollow:
+        style.setdefault("edgecolor", "C0")
+    for name in ("color", "facecolor", "edgecolor"):  # matplotlib wants as many colours as opacities
+        if name in style and not _is_word(style[name], "none", "face"):
+            style[name] = np.resize(to_rgba_array(style[name]), (len(opacity), 4))[kept]
+            style[name][:, 3] = opacity[kept]
+    return style | {"alpha": None if hollow else opacity[kept]}
+
+
+def _is_word(colour: Any, *words: str) -> bool:
+    return isinstance(colour, str) and colour.lower() in words

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks import against
+from tests.benchmarks.__main__ import main
 
 ROOT = Path(against.__file__).parents[2]
 pytestmark = pytest.mark.skipif(
@@ -32,3 +33,27 @@ def test_what_a_commit_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch, capsys
 def test_an_unknown_commit() -> None:
     with pytest.raises(SystemExit, match=r"^git knows no commit 'nonsense'$"):
         against.compare("nonsense", "hungarian")
+
+
+def test_a_name_that_no_work_has() -> None:
+    with pytest.raises(SystemExit, match="no work has 'hungerian' in its name: small sets"):
+        against.compare("HEAD", "hungerian")
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--against", "HEAD", "--json", "now.json"], "--against writes no file: leave --json and --plot out"),
+        (
+            ["--only", "ing", "--plot", "scaling.png"],
+            "--plot is of how time and memory grow, which --only ing leaves out",
+        ),
+    ],
+)
+def test_options_that_would_be_ignored(
+    options: list[str], error: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmarks", *options])
+    with pytest.raises(SystemExit):
+        main()
+    assert error in capsys.readouterr().err

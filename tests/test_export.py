@@ -338,3 +338,17 @@ def test_without_the_onnx_packages() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'setpred[export]'" in done.stdout
+
+
+def test_a_program_compiled_ahead_of_time_is_loaded_from_its_file(tmp_path: Path) -> None:
+    encoder = PooledEncoder(2, 8, 8, layers=1)
+    decoder = DSPNDecoder.recommended(encoder, iters=1, eval_iters=2, set_size=3, channels=2, init="learned").eval()
+    z, path = torch.randn(3, 8), str(tmp_path / "decoder.pt2")
+    # [docs: ahead
+    torch._inductor.aoti_compile_and_package(to_program(decoder, z), package_path=path)  # once: it compiles C++
+    decode = torch._inductor.aoti_load_package(path)  # in any process, at once
+    elements, mask = decode(z)
+    # docs]
+    torch.testing.assert_close((elements, mask), tuple(decoder(z)[:2]))
+    z = torch.randn(7, 8)
+    torch.testing.assert_close(tuple(decode(z)), tuple(decoder(z)[:2]))

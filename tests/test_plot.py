@@ -115,8 +115,8 @@ def test_boxes_over_an_image(shape: tuple[int, ...], dtype: torch.dtype) -> None
     torch.testing.assert_close(shown, expected / white)
     assert (ax.get_xlim(), ax.get_ylim()) == ((0, 16), (8, 0))
     assert ax.collections[0].get_edgecolor().tolist() == [list(to_rgba("C0", 0.5)), list(to_rgba("C1", 1.0))]
-    texts = [(text.get_text(), text.get_position(), text.get_alpha(), text.get_color()) for text in ax.texts]
-    assert texts == [("a", (0, 2), 0.5, "C0"), ("b", (4, 0), 1, "C1")]
+    texts = [(text.get_text(), text.get_position(), text.get_alpha(), to_rgba(text.get_color())) for text in ax.texts]
+    assert texts == [("a", (0, 2), 0.5, to_rgba("C0")), ("b", (4, 0), 1, to_rgba("C1"))]
     ax.figure.canvas.draw()
 
 
@@ -129,6 +129,73 @@ def test_boxes_alone() -> None:
     assert ax.get_xlim()[0] <= 0
     assert ax.get_xlim()[1] >= 1
     ax.figure.canvas.draw()
+
+
+FADING = torch.tensor([0.25, 0.75])
+
+
+@pytest.mark.parametrize("name", ["edgecolors", "edgecolor", "ec", "color"])
+@pytest.mark.parametrize("colour", ["red", ["red"], ["red", "blue"]])
+def test_outlines_of_any_colours_fade_and_their_labels_have_them(name: str, colour: Any) -> None:
+    ax = draw_boxes(BOXES, FADING, labels=["a", "b"], **{name: colour})
+    second = "blue" if len(colour) == 2 else "red"
+    ax.figure.canvas.draw()
+    assert ax.collections[0].get_edgecolor().tolist() == [[1, 0, 0, 0.25], list(to_rgba(second, 0.75))]
+    faces = ax.collections[0].get_facecolor().tolist()
+    assert faces == ([[1, 0, 0, 0.25], list(to_rgba(second, 0.75))] if name == "color" else [])
+    assert [to_rgba(text.get_color()) for text in ax.texts] == [to_rgba("red"), to_rgba(second)]
+
+
+@pytest.mark.parametrize("channels", [2, 3])
+@pytest.mark.parametrize(
+    "style", [{"color": ["red"]}, {"facecolor": "none", "ec": ["red"]}, {"fc": ["red"], "ec": "face"}]
+)
+def test_one_colour_for_all_points_fades(channels: int, style: dict[str, Any]) -> None:
+    depth = {"depthshade": False} if channels == 3 else {}
+    ax = draw_points(torch.tensor([[0.0] * channels, [1.0] * channels]), FADING, alpha=0.1, **style, **depth)
+    ax.figure.canvas.draw()
+    assert sorted(ax.collections[0].get_edgecolor().tolist()) == [[1, 0, 0, 0.25], [1, 0, 0, 0.75]]
+
+
+@pytest.mark.parametrize(
+    "style", [{}, {"color": ["red", "green", "blue"]}, {"facecolors": "none", "edgecolors": "red"}]
+)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_point_in_space_that_is_not_finite_is_left_out(style: dict[str, Any], bad: float) -> None:
+    elements = torch.tensor([[0.0, 0.0, 0.0], [bad, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    ax = draw_points(elements, torch.tensor([0.25, 0.5, 0.75]), depthshade=False, **style)
+    ax.figure.canvas.draw()
+    assert drawn(ax).tolist() == [[0, 0, 0], [1, 1, 1]]
+    colours = ax.collections[0].get_edgecolor().tolist()
+    assert sorted(colour[3] for colour in colours) == [0.25, 0.75]
+    if "color" in style:
+        assert colours == [[1, 0, 0, 0.25], [0, 0, 1, 0.75]]
+
+
+def test_short_names_of_styles() -> None:
+    ax = draw_trajectory(torch.rand(6, 3, 2), c="black", lw=3, ms=2)
+    assert {(line.get_color(), line.get_linewidth(), line.get_markersize()) for line in ax.lines} == {("black", 3, 2)}
+    assert draw_boxes(BOXES, lw=3).collections[0].get_linewidth() == [3]
+
+
+@pytest.mark.parametrize("top", [-3.0, 0.0, 0.5, 40.0])
+def test_the_label_of_a_box_is_in_the_image(top: float) -> None:
+    image = torch.rand(3, 48, 64)
+    ax = draw_boxes(torch.tensor([[-5.0, top, 20.0, top + 9]]), image=image, labels=["seen"])
+    ax.figure.canvas.draw()
+    text, frame = ax.texts[0].get_window_extent(), ax.get_window_extent()
+    assert frame.x0 <= text.x0 < text.x1 <= frame.x1
+    assert frame.y0 <= text.y0 < text.y1 <= frame.y1
+
+
+def test_a_box_outside_of_the_image_changes_nothing() -> None:
+    ax = draw_boxes(
+        torch.tensor([[70.0, 60.0, 90.0, 80.0], [-9.0, -9.0, -1.0, -1.0]]), image=torch.rand(48, 64), labels="ab"
+    )
+    assert (ax.get_xlim(), ax.get_ylim()) == ((0, 64), (48, 0))
+    ax.figure.canvas.draw()
+    frame = ax.get_window_extent()
+    assert not any(text.get_window_extent().overlaps(frame) for text in ax.texts)
 
 
 def diagnosis(**options: Any) -> setpred.Diagnosis:
@@ -179,6 +246,16 @@ def test_empty_sets(draw: Any) -> None:
         draw(torch.rand(shape), mask).figure.canvas.draw()
 
 
+@pytest.mark.parametrize("channels", [2, 3])
+def test_no_step_is_no_line_and_one_a_dot(channels: int) -> None:
+    for steps in (0, 1):
+        ax = draw_trajectory(torch.rand(steps, 3, channels), torch.rand(steps, 3))
+        ax.figure.canvas.draw()
+        assert [len(line.get_data_3d()[0]) if channels == 3 else len(line.get_xdata()) for line in ax.lines] == [
+            steps
+        ] * 3
+
+
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
@@ -199,6 +276,7 @@ def test_empty_sets(draw: Any) -> None:
         (lambda: draw_boxes(BOXES, normalized=True), ValueError, "`normalized` needs `image`"),
         (lambda: draw_boxes(BOXES, labels=["a"]), ValueError, "`labels` must hold one text for each of 2 boxes, got 1"),
         (lambda: draw_boxes(BOXES, image=torch.rand(8, 8, 3)), ValueError, r"`image` must have shape \(3, H, W\)"),
+        (lambda: draw_boxes(BOXES, image=torch.rand(3, 0, 8)), ValueError, r"`image` must have shape .* \(3, 0, 8\)"),
         (lambda: draw_boxes(BOXES, image=torch.ones(8, 8).long()), TypeError, "`image` must have a floating dtype"),
         (lambda: draw_boxes(BOXES, image="cat.png"), TypeError, "`image` must be a tensor"),
         (lambda: draw_boxes(BOXES, ax=axes(3)), ValueError, "`ax` must have projection='rectilinear'"),

@@ -2,7 +2,8 @@
 What to look at: the inner loop
 ===============================
 
-A decoder in training mode keeps every inner step in ``prediction.trajectory``; ``record=True`` keeps them anywhere.
+With ``record=True`` a decoder keeps every inner step in ``prediction.trajectory``; in training that is differentiated
+through all of them, as here, it does so by itself.
 Three curves tell most of what can be wrong with the inner learning rate: the representation loss, the gradient norm,
 and the error of the set, step by step.
 """

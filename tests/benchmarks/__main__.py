@@ -200,12 +200,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, help="write everything measured, to compare commits")
     parser.add_argument("--plot", type=Path, help="write the picture of how time and memory grow")
-    parser.add_argument("--only", default="", help="measure only rows with this text in their title, or `scaling`")
-    parser.add_argument("--seconds", type=float, default=10, help="about how long to measure a row")
+    parser.add_argument("--only", default="", help="rows with this text in their title; `scaling`: how it grows")
+    parser.add_argument(
+        "--seconds", type=float, default=10, help="about how long to measure a row; 5 rounds at least (10)"
+    )
     parser.add_argument("--device", default="cpu", help="default: cpu")
-    parser.add_argument("--against", metavar="COMMIT", help="compare the checkout with a commit instead")
+    parser.add_argument(
+        "--against", metavar="COMMIT", help="compare the checkout with a commit instead, on the CPU; takes --only"
+    )
     parser.add_argument("--threshold", type=float, default=1.1, help="with --against: fail above this ratio (1.1)")
     arguments = parser.parse_args()
+    grows = arguments.only.lower() in ("", "scaling")
+    if arguments.against and (arguments.json or arguments.plot):
+        parser.error("--against writes no file: leave --json and --plot out")
+    if arguments.plot and not grows:
+        parser.error(f"--plot is of how time and memory grow, which --only {arguments.only} leaves out")
     if arguments.against:
         raise SystemExit(compare(arguments.against, arguments.only, arguments.threshold))
     torch.set_default_device(arguments.device)
@@ -221,7 +230,7 @@ def main() -> None:
     ]
     print("\n".join(table(rows)))
     result["rows"] = rows
-    if arguments.only.lower() in "scaling":
+    if grows:
         lines = list(scaling())
         print("\n| against | mode | slope of time, log-log | of memory |\n|---|---|---|---|")
         for line in lines:

@@ -125,6 +125,8 @@ def compare(commit: str, only: str = "", threshold: float = 1.1, rounds: int = R
     import numpy as np
 
     names = [name for name in works() if only.lower() in name.lower()]
+    if not names:
+        raise SystemExit(f"no work has {only!r} in its name: {', '.join(works())}")
     worst = 0.0
     print(f"| work | ms | {commit}, ms | ratio (10 % to 90 %) |\n|---|---|---|---|")
     with checkout(commit) as before:
