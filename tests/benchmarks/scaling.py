@@ -92,6 +92,8 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
             panel.grid(alpha=0.3)
             panel.legend(frameon=False, fontsize="small")
         row[0].set_ylabel(label)
-    for panel, axis in zip(axes[-1], AXES, strict=True):
-        panel.set_xlabel(axis)
+    for panel, (name, axis) in zip(axes[-1], AXES.items(), strict=True):
+        panel.set_xlabel(name)
+        panel.set_xticks(axis.sizes[::2], [f"{size:,}" for size in axis.sizes[::2]])
+        panel.minorticks_off()
     figure.savefig(path, dpi=130)
