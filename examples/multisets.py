@@ -6,7 +6,7 @@ descent starts from random numbers beside the given classes, and moves them apar
 autoencoded. Every decoder trains for the same seconds of one core. Of three learning rates, each takes the one that is
 best on validation data of the experiment's first task, and keeps it for all.
 
-    python examples/multisets.py                                         # trains for 63 minutes of one core in all
+    python examples/multisets.py                                         # trains for two and a half hours of one core
     python examples/multisets.py --tasks 16x4-6400 --decoders dspn lstm  # one task, two decoders
     python examples/multisets.py --report                                # tables of what is there, no training
 
