@@ -231,7 +231,7 @@ def test_sizes_that_are_off() -> None:
     z = listed(target, torch.ones_like(mask, dtype=DOUBLE))
     found = make(iters=40).diagnose(z, target, mask, set_loss=HungarianLoss(presence="none"))
     sizes = "Sizes are off: 4 elements are predicted where 2.5 are true, with a mean difference of 1.5."
-    says(found, f"{sizes} Take presence='bce'")
+    says(found, f"{sizes} Give the encoder size_feature=True")
     found = make(listed_elements, iters=40, mask_clamp=None).diagnose(
         target.flatten(1), target, mask, set_loss=HungarianLoss(presence="none")
     )
