@@ -31,9 +31,16 @@ from common.runs import Run, add_run_arguments, best_of, check_budgets, missing,
 from common.tasks import TASKS, Sources
 from common.trial import LATENT, WIDTH, Budget, Contestant, run_trial
 
-from setpred import DSPNDecoder, LSTMDecoder, MLPDecoder, SlotDecoder, TransformerDecoder
+from setpred import DSPNDecoder, LSTMDecoder, MLPDecoder, PooledEncoder, SlotDecoder, TransformerDecoder
 
 TOKENS = 16  # that a vector is split into for slots to share
+
+
+def transformer(_: PooledEncoder, size: int, channels: int) -> TransformerDecoder:
+    """Decode a vector, or tokens."""
+    return TransformerDecoder(LATENT, size, channels, WIDTH)
+
+
 CONTESTANTS = {
     # As recommended, and nothing set.
     "dspn": Contestant(
@@ -42,11 +49,7 @@ CONTESTANTS = {
     ),
     "mlp": Contestant(lambda encoder, size, channels: MLPDecoder(LATENT, size, channels, WIDTH), {"MLP": {}}),
     "lstm": Contestant(lambda encoder, size, channels: LSTMDecoder(LATENT, size, channels, WIDTH), {"LSTM": {}}),
-    "transformer": Contestant(
-        lambda encoder, size, channels: TransformerDecoder(LATENT, size, channels, WIDTH),
-        {"transformer": {}},
-        of_tokens=lambda encoder, size, channels: TransformerDecoder(LATENT, size, channels, WIDTH),
-    ),
+    "transformer": Contestant(transformer, {"transformer": {}}, of_tokens=transformer),
     "slots": Contestant(
         lambda encoder, size, channels: SlotDecoder(LATENT, size, channels, WIDTH, tokens=TOKENS),
         {"slots": {}},
@@ -54,7 +57,7 @@ CONTESTANTS = {
     ),
     "refined": Contestant(
         lambda encoder, size, channels: Refined(
-            TransformerDecoder(LATENT, size, channels, WIDTH),
+            transformer(encoder, size, channels),
             DSPNDecoder.recommended(encoder, set_size=size, channels=channels),
         ),
         {"transformer, then DSPN": {}, "its start": {"refine": False}},

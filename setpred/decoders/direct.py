@@ -62,3 +62,8 @@ class DirectDecoder(nn.Module, ABC):
     @override
     def extra_repr(self) -> str:
         return f"set_size={self.set_size}, channels={self.channels}, mask_clamp={self.mask_clamp}"
+
+
+def relative(weight: Tensor) -> Tensor:
+    """Weights of tokens (B, S), the largest of a sample 1: ratios count, and products of tiny ones would be 0."""
+    return weight / weight.amax(1, keepdim=True).detach()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from setpred._checks import check_choice, check_count, check_mask, check_shape
-from setpred.decoders.direct import DirectDecoder
+from setpred.decoders.direct import DirectDecoder, relative
 from setpred.functional._precision import common_dtype, full_precision
 from setpred.functional._random import standard_normal
 from setpred.functional.sinkhorn import differentiable_plan, entropic_transport, plan_change
@@ -222,7 +222,7 @@ class SlotDecoder(DirectDecoder):
         # Where none is present, all weigh something and say nothing.
         none = absent.all(1, keepdim=True)
         weight = mask.to(dtype).masked_fill(absent, 0).masked_fill(none, 1)
-        weight = weight / weight.amax(1, keepdim=True).detach()  # ratios count; products of tiny ones would be 0
+        weight = relative(weight)
         if self.token_weight is not None:
             weight = self.token_weight(tokens).squeeze(2).to(dtype).softmax(1) * weight
             weight = weight / weight.sum(1, keepdim=True)

@@ -19,7 +19,7 @@ from setpred._checks import (
     in_transform,
 )
 from setpred.decoders._queries import QUERIES
-from setpred.decoders.direct import DirectDecoder
+from setpred.decoders.direct import DirectDecoder, relative
 from setpred.functional._precision import common_dtype
 from setpred.scaler import StandardScaler
 from setpred.sets import SetPrediction, Trajectory
@@ -206,5 +206,4 @@ class TransformerDecoder(DirectDecoder):
         weight = mask.to(common_dtype(mask))
         absent = weight == 0
         weight = weight.masked_fill(absent.all(1, keepdim=True), 1)
-        weight = weight / weight.amax(1, keepdim=True).detach()  # ratios count; products of tiny ones would be 0
-        return z.masked_fill(absent.unsqueeze(-1), 0), weight
+        return z.masked_fill(absent.unsqueeze(-1), 0), relative(weight)
