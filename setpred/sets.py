@@ -108,11 +108,11 @@ def pad_sets(sets: Iterable[Tensor], size: int | None = None) -> tuple[Tensor, T
     return padded, torch.arange(size, device=sizes.device) < sizes.unsqueeze(1)
 
 
-def unpad_sets(elements: Tensor, mask: Tensor, threshold: float = 0.5) -> list[Tensor]:
+def unpad_sets(elements: Tensor | SetPrediction, mask: Tensor | None = None, threshold: float = 0.5) -> list[Tensor]:
     """Cut a batch into its sets: the inverse of :func:`pad_sets`, up to the place of the padding.
 
     Args:
-        elements: Shape ``(B, N, C)``.
+        elements: Shape ``(B, N, C)``, or a :class:`SetPrediction`, which brings its mask.
         mask: Bool or float in [0, 1], shape ``(B, N)``.
         threshold: An element is present where its mask is greater than this.
 
@@ -120,15 +120,22 @@ def unpad_sets(elements: Tensor, mask: Tensor, threshold: float = 0.5) -> list[T
         B tensors of shapes ``(n_i, C)``, rows in their old order.
 
     Raises:
-        ValueError: If a shape is wrong, the mask is NaN somewhere, or the threshold is.
-        TypeError: If a dtype is wrong.
+        ValueError: If a shape is wrong, the mask is NaN somewhere, the threshold is, or a prediction comes with a mask.
+        TypeError: If a dtype is wrong, or a tensor comes without a mask.
         RuntimeError: Under ``torch.func.vmap``, which has no shapes that depend on values.
 
     Example:
         >>> sets = [torch.ones(1, 2), torch.ones(3, 2)]
         >>> [tuple(s.shape) for s in unpad_sets(*pad_sets(sets))]
         [(1, 2), (3, 2)]
+        >>> prediction = SetPrediction(torch.rand(2, 3, 2), torch.tensor([[0.9, 0.1, 0.8], [0.0, 0.2, 1.0]]))
+        >>> [len(s) for s in unpad_sets(prediction)]
+        [2, 1]
     """
+    if isinstance(elements, SetPrediction):
+        if mask is not None:
+            raise ValueError("`mask` must be None where `elements` is a SetPrediction, which has a mask of its own")
+        elements, mask, _ = elements
     check_shape("elements", elements, "B", "N", "C")
     if mask is None:
         raise TypeError("`mask` must be a tensor, got None")

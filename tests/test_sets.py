@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from setpred import SetPrediction, hungarian_loss, pad_sets, unpad_sets
+from setpred import SetPrediction, earth_mover_distance, pad_sets, unpad_sets
 
 
 def random_sets(sizes: list[int], channels: int) -> list[Tensor]:
@@ -142,7 +142,16 @@ def test_unpad_sets_refuses_thresholds(error: type[Exception], message: str, thr
         unpad_sets(torch.rand(3, 4, 2), torch.rand(3, 4), threshold)
 
 
+def test_unpad_sets_takes_a_prediction() -> None:
+    prediction = SetPrediction(torch.rand(2, 4, 3), torch.rand(2, 4))
+    for threshold in (0.3, 0.5):
+        expected = unpad_sets(prediction.elements, prediction.mask, threshold)
+        torch.testing.assert_close(unpad_sets(prediction, threshold=threshold), expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="`mask` must be None where `elements` is a SetPrediction"):
+        unpad_sets(prediction, prediction.mask)
+
+
 def test_a_prediction_in_place_of_elements_is_named_and_not_shown() -> None:
     prediction = SetPrediction(torch.rand(2, 4, 3), torch.rand(2, 4))
     with pytest.raises(TypeError, match=r"^`pred` must be a tensor, got SetPrediction$"):
-        hungarian_loss(prediction, prediction.elements)  # type: ignore[arg-type]
+        earth_mover_distance(prediction, prediction.elements)  # type: ignore[arg-type]

@@ -24,6 +24,7 @@ from setpred.functional._precision import common_dtype
 from setpred.functional._precision import full_precision as full_precision
 from setpred.functional.pairwise import Cost, channels_seen, check_cost, cost_of_pairs
 from setpred.scaler import StandardScaler, check_scaler, scaled
+from setpred.sets import SetPrediction
 
 Reduction = Literal["mean", "sum", "none"]
 Presence = Literal["feature", "bce", "logits", "none"]
@@ -119,6 +120,13 @@ class SetLoss(ScaledLoss):
     def options(self) -> dict[str, Any]:
         """What the function is called with beside the sets."""
         return {name: getattr(self, name) for name in self._names}
+
+    def _opened(
+        self, pred: Tensor | SetPrediction, target: Tensor, pred_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Prediction and target in the scaler's coordinates, and the predicted mask."""
+        pred, pred_mask = opened(pred, pred_mask)
+        return *self._scaled(pred, target), pred_mask
 
     @override
     def extra_repr(self) -> str:
@@ -286,6 +294,18 @@ def fill_up(sets: Sets, *, sized: bool) -> tuple[Tensor, Tensor | None]:
         return target, None
     absent = ~present
     return target, present | (absent.cumsum(1) <= rows - present.sum(1, keepdim=True))
+
+
+def opened(pred: Tensor | SetPrediction, pred_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Predicted elements and mask, given apart or as a decoder returns them."""
+    if not isinstance(pred, SetPrediction):
+        return pred, pred_mask
+    if pred_mask is not None:
+        raise ValueError(
+            "`pred_mask` must be None where `pred` is a SetPrediction, which has a mask of its own: the target's is "
+            "`target_mask`"
+        )
+    return pred.elements, pred.mask
 
 
 def enter(

@@ -26,11 +26,13 @@ from setpred.losses._common import (
     keep_nan,
     mean_rows,
     nothing,
+    opened,
     presence_loss,
     reduce,
     with_options,
 )
 from setpred.scaler import StandardScaler
+from setpred.sets import SetPrediction
 
 Direction = Literal["both", "pred_to_target", "target_to_pred"]
 DIRECTIONS = ("both", "pred_to_target", "target_to_pred")
@@ -51,7 +53,7 @@ class _Options(TypedDict, total=False):
 
 @overload
 def chamfer_loss(
-    pred: Tensor,
+    pred: Tensor | SetPrediction,
     target: Tensor,
     pred_mask: Tensor | None = None,
     target_mask: Tensor | None = None,
@@ -63,7 +65,7 @@ def chamfer_loss(
 
 @overload
 def chamfer_loss(
-    pred: Tensor,
+    pred: Tensor | SetPrediction,
     target: Tensor,
     pred_mask: Tensor | None = None,
     target_mask: Tensor | None = None,
@@ -74,7 +76,7 @@ def chamfer_loss(
 
 
 def chamfer_loss(
-    pred: Tensor,
+    pred: Tensor | SetPrediction,
     target: Tensor,
     pred_mask: Tensor | None = None,
     target_mask: Tensor | None = None,
@@ -114,6 +116,7 @@ def chamfer_loss(
 
     Args:
         pred: Predicted elements, shape ``(B, N, C)``, or ``(K, B, N, C)`` for K predictions of the same targets.
+            Or a :class:`setpred.SetPrediction`, which brings its mask.
         target: Target elements, shape ``(B, M, C)``.
         pred_mask: Predicted presence in [0, 1], with ``"logits"`` of any size; floating, shape ``(B, N)`` or
             ``(K, B, N)``. With ``"bce"`` its values are checked, which waits for the device.
@@ -146,6 +149,7 @@ def chamfer_loss(
     Source: Zhang et al. (NeurIPS 2019), equation 1; Fan et al. (CVPR 2017), section 4.1, for points.
     """
     _check_options(cost, matching_cost, presence, presence_weight, direction, point_reduction, reduction)
+    pred, pred_mask = opened(pred, pred_mask)
     sets = enter(pred, target, pred_mask, target_mask, presence)
     pred, target, present = sets.pred, sets.target, sets.present
     weight = exists = None
@@ -277,7 +281,7 @@ class ChamferLoss(SetLoss):
 
     def forward(
         self,
-        pred: Tensor,
+        pred: Tensor | SetPrediction,
         target: Tensor,
         pred_mask: Tensor | None = None,
         target_mask: Tensor | None = None,
@@ -285,7 +289,7 @@ class ChamferLoss(SetLoss):
         return_points: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """See :func:`chamfer_loss`."""
-        pred, target = self._scaled(pred, target)
+        pred, target, pred_mask = self._opened(pred, target, pred_mask)
         loss: Tensor | tuple[Tensor, Tensor, Tensor] = chamfer_loss(  # type: ignore[call-overload]
             pred, target, pred_mask, target_mask, return_points=return_points, **self.options
         )

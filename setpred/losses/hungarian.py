@@ -26,11 +26,13 @@ from setpred.losses._common import (
     gather_rows,
     keep_nan,
     mean_rows,
+    opened,
     presence_loss,
     reduce,
     with_options,
 )
 from setpred.scaler import StandardScaler
+from setpred.sets import SetPrediction
 
 
 class _Options(TypedDict, total=False):
@@ -50,7 +52,7 @@ class _Options(TypedDict, total=False):
 
 @overload
 def hungarian_loss(
-    pred: Tensor,
+    pred: Tensor | SetPrediction,
     target: Tensor,
     pred_mask: Tensor | None = None,
     target_mask: Tensor | None = None,
@@ -62,7 +64,7 @@ def hungarian_loss(
 
 @overload
 def hungarian_loss(
-    pred: Tensor,
+    pred: Tensor | SetPrediction,
     target: Tensor,
     pred_mask: Tensor | None = None,
     target_mask: Tensor | None = None,
@@ -73,7 +75,7 @@ def hungarian_loss(
 
 
 def hungarian_loss(
-    pred: Tensor,
+    pred: Tensor | SetPrediction,
     target: Tensor,
     pred_mask: Tensor | None = None,
     target_mask: Tensor | None = None,
@@ -112,6 +114,7 @@ def hungarian_loss(
 
     Args:
         pred: Predicted elements, shape ``(B, N, C)``, or ``(K, B, N, C)`` for K predictions of the same targets.
+            Or a :class:`setpred.SetPrediction`, which brings its mask.
         target: Target elements, shape ``(B, M, C)``.
         pred_mask: Predicted presence in [0, 1], with ``"logits"`` of any size; floating, shape ``(B, N)`` or
             ``(K, B, N)``. With ``"bce"`` its values are checked, which waits for the device.
@@ -157,6 +160,7 @@ def hungarian_loss(
     _check_options(
         cost, matching_cost, presence, presence_weight, average_over, matches_per_target, surplus, nonfinite, reduction
     )
+    pred, pred_mask = opened(pred, pred_mask)
     sets = enter(pred, target, pred_mask, target_mask, presence)
     pred, target, who = sets.pred, sets.target, sets.present
     (rows, channels), cols = pred.shape[1:], target.shape[1]
@@ -290,7 +294,7 @@ class HungarianLoss(SetLoss):
 
     def forward(
         self,
-        pred: Tensor,
+        pred: Tensor | SetPrediction,
         target: Tensor,
         pred_mask: Tensor | None = None,
         target_mask: Tensor | None = None,
@@ -298,7 +302,7 @@ class HungarianLoss(SetLoss):
         return_matching: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """See :func:`hungarian_loss`."""
-        pred, target = self._scaled(pred, target)
+        pred, target, pred_mask = self._opened(pred, target, pred_mask)
         loss: Tensor | tuple[Tensor, Tensor] = hungarian_loss(  # type: ignore[call-overload]
             pred, target, pred_mask, target_mask, return_matching=return_matching, **self.options
         )

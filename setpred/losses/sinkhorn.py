@@ -23,10 +23,12 @@ from setpred.losses._common import (
     full_precision,
     keep_nan,
     nothing,
+    opened,
     reduce,
     with_options,
 )
 from setpred.scaler import StandardScaler
+from setpred.sets import SetPrediction
 
 PRESENCES = ("feature", "none")
 
@@ -46,7 +48,7 @@ class _Options(TypedDict, total=False):
 
 @overload
 def sinkhorn_loss(
-    pred: Tensor,
+    pred: Tensor | SetPrediction,
     target: Tensor,
     pred_mask: Tensor | None = None,
     target_mask: Tensor | None = None,
@@ -58,7 +60,7 @@ def sinkhorn_loss(
 
 @overload
 def sinkhorn_loss(
-    pred: Tensor,
+    pred: Tensor | SetPrediction,
     target: Tensor,
     pred_mask: Tensor | None = None,
     target_mask: Tensor | None = None,
@@ -69,7 +71,7 @@ def sinkhorn_loss(
 
 
 def sinkhorn_loss(
-    pred: Tensor,
+    pred: Tensor | SetPrediction,
     target: Tensor,
     pred_mask: Tensor | None = None,
     target_mask: Tensor | None = None,
@@ -106,6 +108,7 @@ def sinkhorn_loss(
 
     Args:
         pred: Predicted elements, shape ``(B, N, C)``, or ``(K, B, N, C)`` for K predictions of the same targets.
+            Or a :class:`setpred.SetPrediction`, which brings its mask.
         target: Target elements, shape ``(B, M, C)``.
         pred_mask: Predicted presence in [0, 1], floating, shape ``(B, N)`` or ``(K, B, N)``.
         target_mask: Bool or float {0, 1}, shape ``(B, M)``; None means that all are present.
@@ -151,6 +154,7 @@ def sinkhorn_loss(
     with ``rho`` Sejourne et al., Sinkhorn divergences for unbalanced optimal transport (2019).
     """
     _check_options(cost, epsilon, iters, tol, rho, debias, presence, reduction)
+    pred, pred_mask = opened(pred, pred_mask)
     sets = enter(pred, target, pred_mask, target_mask, presence)
     pred, target, y_mask = sets.pred, sets.target, sets.present
     x_mask = None if sets.pred_mask is None else as_weight(sets.pred_mask)
@@ -249,7 +253,7 @@ class SinkhornLoss(SetLoss):
 
     def forward(
         self,
-        pred: Tensor,
+        pred: Tensor | SetPrediction,
         target: Tensor,
         pred_mask: Tensor | None = None,
         target_mask: Tensor | None = None,
@@ -257,7 +261,7 @@ class SinkhornLoss(SetLoss):
         return_transport: bool = False,
     ) -> Tensor | tuple[Tensor, Transport]:
         """See :func:`sinkhorn_loss`."""
-        pred, target = self._scaled(pred, target)
+        pred, target, pred_mask = self._opened(pred, target, pred_mask)
         loss: Tensor | tuple[Tensor, Transport] = sinkhorn_loss(  # type: ignore[call-overload]
             pred, target, pred_mask, target_mask, return_transport=return_transport, **self.options
         )

@@ -19,14 +19,16 @@ from setpred.losses._common import (
     full_precision,
     keep_nan,
     nothing,
+    opened,
     reduce,
     with_options,
 )
 from setpred.scaler import StandardScaler
+from setpred.sets import SetPrediction
 
 
 def sliced_wasserstein_loss(
-    pred: Tensor,
+    pred: Tensor | SetPrediction,
     target: Tensor,
     pred_mask: Tensor | None = None,
     target_mask: Tensor | None = None,
@@ -52,6 +54,7 @@ def sliced_wasserstein_loss(
 
     Args:
         pred: Predicted elements, shape ``(B, N, C)``, or ``(K, B, N, C)`` for K predictions of the same targets.
+            Or a :class:`setpred.SetPrediction`, which brings its mask.
         target: Target elements, shape ``(B, M, C)``.
         pred_mask: Predicted presence in [0, 1], floating, shape ``(B, N)`` or ``(K, B, N)``.
         target_mask: Bool or float {0, 1}, shape ``(B, M)``; None means that all are present.
@@ -76,6 +79,7 @@ def sliced_wasserstein_loss(
     Source: Bonneel et al., Sliced and Radon Wasserstein barycenters of measures (2015), equation 8.
     """
     _check_options(directions, power, presence, reduction)
+    pred, pred_mask = opened(pred, pred_mask)
     sets = enter(pred, target, pred_mask, target_mask, presence)
     pred, target, y_mask = sets.pred, sets.target, sets.present
     x_mask = None if sets.pred_mask is None else as_weight(sets.pred_mask)
@@ -164,11 +168,11 @@ class SlicedWassersteinLoss(SetLoss):
 
     def forward(
         self,
-        pred: Tensor,
+        pred: Tensor | SetPrediction,
         target: Tensor,
         pred_mask: Tensor | None = None,
         target_mask: Tensor | None = None,
     ) -> Tensor:
         """See :func:`sliced_wasserstein_loss`."""
-        pred, target = self._scaled(pred, target)
+        pred, target, pred_mask = self._opened(pred, target, pred_mask)
         return sliced_wasserstein_loss(pred, target, pred_mask, target_mask, **self.options)

@@ -121,7 +121,7 @@ CALLS: list[Callable[[], object]] = [
     lambda: hungarian_loss(sets, sets, presence="bce"),
     lambda: outer_loss(decoder().eval()(torch.randn(3, 8))),
     lambda: outer_loss(decoder(differentiate="implicit")(torch.randn(3, 8), record=True)),
-    lambda: hungarian_loss(decoder()(torch.randn(3, 8)), sets),
+    lambda: hungarian_loss(decoder()(torch.randn(3, 8)), sets, mask),
     lambda: outer_loss((sets, mask)),
     lambda: DSPNLoss(PooledEncoder(2, 8), hungarian_loss)(SetPrediction(sets, mask), sets, mask, torch.rand(3, 8)),
     lambda: DSPNLoss(PooledEncoder(2, 8), HungarianLoss(reduction="none"), steps="last")(

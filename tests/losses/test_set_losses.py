@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from setpred.functional.pairwise import on_channels, pairwise_cost, sum_costs
 from setpred.losses.chamfer import ChamferLoss, chamfer_loss
 from setpred.losses.hungarian import HungarianLoss, hungarian_loss
 from setpred.losses.sinkhorn import SinkhornLoss, sinkhorn_loss
+from setpred.losses.sliced import SlicedWassersteinLoss, sliced_wasserstein_loss
 from setpred.scaler import StandardScaler
+from setpred.sets import SetPrediction
 from tests import devices, oracles
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -95,6 +98,33 @@ def test_a_scaler_maps_both_sides(
     assert not list(loss.buffers())
     other = module(presence=presence, reduction="none")(*theirs, pred_mask, target_mask)
     assert not torch.allclose(actual, other)
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "presence"),
+    [
+        *((m, f, p) for m, f in ((HungarianLoss, hungarian_loss), (ChamferLoss, chamfer_loss)) for p in PRESENCES),
+        *((SinkhornLoss, sinkhorn_loss, p) for p in ("feature", "none")),
+        *((SlicedWassersteinLoss, sliced_wasserstein_loss, p) for p in ("feature", "none")),
+    ],
+)
+def test_a_prediction_brings_its_mask(module: type[nn.Module], function: Callable[..., Tensor], presence: str) -> None:
+    pred, target, pred_mask, target_mask = random_sets(3, 5, 4)
+    options = {"presence": presence, "reduction": "none"}
+    if module is SlicedWassersteinLoss:
+        options["directions"] = torch.randn(8, 3 if presence == "feature" else 2)
+    scaler = StandardScaler(2, **DOUBLE).fit(torch.randn(9, 2, **DOUBLE) * 3 + 1)
+    prediction, inputs = SetPrediction(pred, pred_mask), (pred, pred_mask)
+    losses = (partial(function, **options), module(**options), module(**options, scaler=scaler))
+    for loss in (*losses, torch.compile(losses[1], backend="eager", fullgraph=True)):
+        expected = loss(pred, target, pred_mask, target_mask)
+        actual = loss(prediction, target, target_mask=target_mask)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+        gradients = (torch.autograd.grad(x.sum(), inputs, allow_unused=True) for x in (actual, expected))
+        torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    for loss in losses:
+        with pytest.raises(ValueError, match="`pred_mask` must be None where `pred` is a SetPrediction"):
+            loss(prediction, target, pred_mask, target_mask)
 
 
 @name
