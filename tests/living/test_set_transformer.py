@@ -1,13 +1,17 @@
 """AttentionEncoder is the set transformer of PyTorch Geometric, parameters copied, but for what its docstring adds."""
 
-import pytest
+import warnings
+
 import torch
 from torch import Tensor, nn
 
 from setpred import AttentionEncoder
 from setpred.encoders.attention import _Attention
 
-aggr = pytest.importorskip("torch_geometric.nn.aggr")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # of torch.jit.script, which it calls
+    from torch_geometric.nn import aggr
+
 HEADS, CHANNELS = 2, 8
 
 
