@@ -25,12 +25,11 @@ import common.requirements  # noqa: F401
 import torch
 from common.curves import draw_panel
 from common.files import cache_directory
-from common.models import OfTokens, Refined
+from common.models import Refined
 from common.report import mean_and_spread, table
 from common.runs import Run, add_run_arguments, best_of, check_budgets, missing, perform_missing
 from common.tasks import TASKS, Sources
 from common.trial import LATENT, WIDTH, Budget, Contestant, run_trial
-from torch import nn
 
 from setpred import DSPNDecoder, LSTMDecoder, MLPDecoder, PooledEncoder, SlotDecoder, TransformerDecoder
 
@@ -42,21 +41,10 @@ def transformer(_: PooledEncoder, size: int, channels: int) -> TransformerDecode
     return TransformerDecoder(LATENT, size, channels, WIDTH)
 
 
-def recommended(encoder: PooledEncoder, size: int, channels: int) -> DSPNDecoder:
-    """Descend to a vector, as recommended, and nothing set."""
-    return DSPNDecoder.recommended(encoder, set_size=size, channels=channels)
-
-
-def of_tokens(*args: Any, attend: bool = False) -> OfTokens:
-    """Descend to one vector of an image's tokens, which attend to each other before, or not."""
-    attention = nn.TransformerEncoderLayer(LATENT, 4, 2 * WIDTH, 0.0, batch_first=True, norm_first=True)
-    pool = [nn.Flatten(), nn.Linear(TOKENS * LATENT, LATENT)]
-    return OfTokens(nn.Sequential(*([attention] if attend else []), *pool), recommended(*args))
-
-
 CONTESTANTS = {
+    # As recommended, and nothing set.
     "dspn": Contestant(
-        recommended,
+        lambda encoder, size, channels: DSPNDecoder.recommended(encoder, set_size=size, channels=channels),
         {"DSPN": {}, "DSPN, 80 steps": {"iters": 80}, "DSPN, 4 starts": {"starts": 4}},
     ),
     "mlp": Contestant(lambda encoder, size, channels: MLPDecoder(LATENT, size, channels, WIDTH), {"MLP": {}}),
@@ -67,11 +55,12 @@ CONTESTANTS = {
         {"slots": {}},
         of_tokens=lambda encoder, size, channels: SlotDecoder(LATENT, size, channels, WIDTH),
     ),
-    "attended": Contestant(recommended, {"DSPN, attended": {}}, of_tokens=partial(of_tokens, attend=True)),
     "refined": Contestant(
-        lambda *args: Refined(transformer(*args), recommended(*args)),
+        lambda encoder, size, channels: Refined(
+            transformer(encoder, size, channels),
+            DSPNDecoder.recommended(encoder, set_size=size, channels=channels),
+        ),
         {"transformer, then DSPN": {}, "its start": {"refine": False}},
-        of_tokens=lambda *args: Refined(transformer(*args), of_tokens(*args)),
     ),
 }
 RATES = {"autoencoded": (1e-3, 3e-3, 1e-2), "image": (3e-4, 1e-3, 3e-3)}  # of Adam, for every decoder

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.batches import Batch
-from setpred import SetPrediction, StandardScaler
+from setpred import DSPNDecoder, SetPrediction, StandardScaler
 
 
 class SetPredictor(nn.Module):
@@ -37,40 +37,22 @@ class SetPredictor(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
 
-class OfTokens(nn.Module):
-    """A decoder of one vector, which something makes of tokens.
-
-    Args:
-        pool: Makes a vector of tokens (B, S, D).
-        decoder: Makes sets of vectors.
-    """
-
-    def __init__(self, pool: nn.Module, decoder: nn.Module) -> None:
-        super().__init__()
-        self.pool, self.decoder = pool, decoder
-
-    def forward(self, tokens: Tensor, **options: object) -> SetPrediction:
-        """Decode tokens (B, S, D); options go to the decoder."""
-        prediction: SetPrediction = self.decoder(self.pool(tokens), **options)
-        return prediction
-
-
 class Refined(nn.Module):
     """A decoder, and a descent that starts at its sets; in training it returns both, stacked, for a loss of both.
 
     The descent is differentiated implicitly, which tells its start nothing: that has a loss of its own.
 
     Args:
-        start: Makes sets of vectors, or of tokens.
-        descent: Makes better ones of them: DSPN.
+        start: Makes sets of vectors.
+        descent: Makes better ones of them.
     """
 
-    def __init__(self, start: nn.Module, descent: nn.Module) -> None:
+    def __init__(self, start: nn.Module, descent: DSPNDecoder) -> None:
         super().__init__()
         self.start, self.descent = start, descent
 
     def forward(self, z: Tensor, *, refine: bool = True) -> SetPrediction:
-        """Decode what both take; without ``refine``, by the first decoder alone."""
+        """Decode vectors (B, D); without ``refine``, by the first decoder alone."""
         start: SetPrediction = self.start(z)
         if not refine:
             return start
