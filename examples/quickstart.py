@@ -111,8 +111,7 @@ def train(model: Autoencoder, data: Sets, recipe: Recipe, seed: int, bar: tqdm) 
             batches = list(torch.randperm(len(data.mask), generator=generator).split(BATCH_SIZE))
         rows = batches.pop()
         batch = Sets(data.elements[rows], data.mask[rows])
-        elements, mask, _ = model(batch)
-        value = loss(elements, batch.elements, mask, batch.mask)
+        value = loss(model(batch), batch.elements, target_mask=batch.mask)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
@@ -124,8 +123,8 @@ def train(model: Autoencoder, data: Sets, recipe: Recipe, seed: int, bar: tqdm) 
 @torch.inference_mode()
 def evaluate(model: Autoencoder, data: Sets, recipe: Recipe) -> float:
     """Huber distance over x, y and mask of the best one-to-one matching, a mean over sets."""
-    elements, mask, _ = model.eval()(data, **recipe.evaluation)
-    return HungarianLoss()(elements, data.elements, mask, data.mask).item()
+    prediction = model.eval()(data, **recipe.evaluation)
+    return HungarianLoss()(prediction, data.elements, target_mask=data.mask).item()
 
 
 class Run(NamedTuple):

@@ -37,25 +37,26 @@ def _explaining(name: str, reason: str) -> Iterator[None]:
         raise RuntimeError(f"`{name}` cannot run inside of this transform of torch.func: {reason}") from error
 
 
-def _described(value: object) -> str:
+def described(value: object) -> str:
+    """What came, for an error: what holds tensors is not shown."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
     text, kind = repr(value), type(value).__name__
-    return f"{text} ({kind})" if len(text) <= 80 else kind  # what holds tensors shows them all
+    return f"{text} ({kind})" if len(text) <= 80 else kind
 
 
 def check_tensor(name: str, value: object) -> None:
     """Raise unless ``value`` is a tensor of a floating dtype."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"`{name}` must be a tensor, got {_described(value)}")
+        raise TypeError(f"`{name}` must be a tensor, got {described(value)}")
     if not value.is_floating_point():
-        raise TypeError(f"`{name}` must have a floating dtype, got {_described(value)}")
+        raise TypeError(f"`{name}` must have a floating dtype, got {described(value)}")
 
 
 def check_real_tensor(name: str, value: object) -> None:
     """Raise unless ``value`` is a tensor of a floating or an integer dtype."""
     if isinstance(value, Tensor) and (value.dtype == torch.bool or value.is_complex()):
-        raise TypeError(f"`{name}` must have a floating or integer dtype, got {_described(value)}")
+        raise TypeError(f"`{name}` must have a floating or integer dtype, got {described(value)}")
     if not isinstance(value, Tensor) or value.is_floating_point():
         check_tensor(name, value)
 
@@ -71,13 +72,13 @@ def _check_sizes(name: str, value: Tensor, shape: tuple[int | str, ...]) -> None
         isinstance(size, int) and size != came for size, came in zip(shape, value.shape, strict=True)
     ):
         expected = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
-        raise ValueError(f"`{name}` must have shape ({expected}), got {_described(value)}")
+        raise ValueError(f"`{name}` must have shape ({expected}), got {described(value)}")
 
 
 def check_integers(name: str, value: object, *shape: int | str) -> None:
     """Raise unless ``value`` is an int64 tensor of ``shape``, given as to :func:`check_shape`."""
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
-        raise TypeError(f"`{name}` must be a tensor of dtype int64, got {_described(value)}")
+        raise TypeError(f"`{name}` must be a tensor of dtype int64, got {described(value)}")
     _check_sizes(name, value, shape)
 
 
@@ -98,7 +99,7 @@ def check_channels(name: str, value: Tensor, channels: int) -> None:
     """Raise unless ``value`` is a floating tensor of as many ``channels`` as a scaler has."""
     check_tensor(name, value)
     if value.shape[-1:] != (channels,):
-        raise ValueError(f"`{name}` must have the scaler's {channels} channels, got {_described(value)}")
+        raise ValueError(f"`{name}` must have the scaler's {channels} channels, got {described(value)}")
 
 
 def check_mask(name: str, mask: Tensor | None, shape: torch.Size | tuple[int, ...]) -> None:
@@ -106,11 +107,11 @@ def check_mask(name: str, mask: Tensor | None, shape: torch.Size | tuple[int, ..
     if mask is None:
         return
     if not isinstance(mask, Tensor):
-        raise TypeError(f"`{name}` must be a tensor or None, got {_described(mask)}")
+        raise TypeError(f"`{name}` must be a tensor or None, got {described(mask)}")
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"`{name}` must be bool or floating (1 = present), got {_described(mask)}")
+        raise TypeError(f"`{name}` must be bool or floating (1 = present), got {described(mask)}")
     if mask.shape != tuple(shape):
-        raise ValueError(f"`{name}` must have shape {tuple(shape)}, got {_described(mask)}")
+        raise ValueError(f"`{name}` must have shape {tuple(shape)}, got {described(mask)}")
 
 
 def as_presence(name: str, mask: Tensor | None, elements: Tensor) -> Tensor:
@@ -132,7 +133,7 @@ def check_soft_mask(name: str, mask: Tensor | None, shape: torch.Size | tuple[in
     check_mask(name, mask, shape)
     if mask is not None and mask.dtype == torch.bool:
         raise TypeError(
-            f"`{name}` must be floating: a bool mask is a target's, for `target_mask`; got {_described(mask)}"
+            f"`{name}` must be floating: a bool mask is a target's, for `target_mask`; got {described(mask)}"
         )
 
 
@@ -152,7 +153,7 @@ def check_interval(name: str, value: object) -> None:
 def check_number(name: str, value: object) -> None:
     """Raise unless ``value`` is a real number."""
     if not isinstance(value, Real):
-        raise TypeError(f"`{name}` must be a number, got {_described(value)}")
+        raise TypeError(f"`{name}` must be a number, got {described(value)}")
 
 
 def check_finite(name: str, value: object) -> None:
@@ -165,7 +166,7 @@ def check_finite(name: str, value: object) -> None:
 def check_count(name: str, value: object, least: int = 1) -> None:
     """Raise unless ``value`` is an integer and ``value >= least``."""
     if not isinstance(value, Integral):
-        raise TypeError(f"`{name}` must be an integer, got {_described(value)}")
+        raise TypeError(f"`{name}` must be an integer, got {described(value)}")
     check_at_least(name, int(value), least)
 
 

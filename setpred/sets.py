@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from setpred._checks import check_at_least, check_count, check_mask, check_shape, explained, in_transform
+from setpred._checks import check_at_least, check_count, check_mask, check_shape, described, explained, in_transform
 
 
 class Trajectory(NamedTuple):
@@ -108,12 +108,20 @@ def pad_sets(sets: Iterable[Tensor], size: int | None = None) -> tuple[Tensor, T
     return padded, torch.arange(size, device=sizes.device) < sizes.unsqueeze(1)
 
 
+@overload
+def unpad_sets(elements: SetPrediction, mask: None = None, threshold: float = 0.5) -> list[Tensor]: ...
+
+
+@overload
+def unpad_sets(elements: Tensor, mask: Tensor, threshold: float = 0.5) -> list[Tensor]: ...
+
+
 def unpad_sets(elements: Tensor | SetPrediction, mask: Tensor | None = None, threshold: float = 0.5) -> list[Tensor]:
     """Cut a batch into its sets: the inverse of :func:`pad_sets`, up to the place of the padding.
 
     Args:
         elements: Shape ``(B, N, C)``, or a :class:`SetPrediction`, which brings its mask.
-        mask: Bool or float in [0, 1], shape ``(B, N)``.
+        mask: Bool or float in [0, 1], shape ``(B, N)``; None with a prediction.
         threshold: An element is present where its mask is greater than this.
 
     Returns:
@@ -134,8 +142,13 @@ def unpad_sets(elements: Tensor | SetPrediction, mask: Tensor | None = None, thr
     """
     if isinstance(elements, SetPrediction):
         if mask is not None:
-            raise ValueError("`mask` must be None where `elements` is a SetPrediction, which has a mask of its own")
+            raise ValueError(
+                "`mask` must be None where `elements` is a SetPrediction, which has a mask of its own; `threshold` is "
+                "given by its name"
+            )
         elements, mask, _ = elements
+    elif not isinstance(elements, Tensor):
+        raise TypeError(f"`elements` must be a tensor or a SetPrediction, got {described(elements)}")
     check_shape("elements", elements, "B", "N", "C")
     if mask is None:
         raise TypeError("`mask` must be a tensor, got None")

@@ -148,7 +148,9 @@ def test_unpad_sets_takes_a_prediction() -> None:
         expected = unpad_sets(prediction.elements, prediction.mask, threshold)
         torch.testing.assert_close(unpad_sets(prediction, threshold=threshold), expected, rtol=0, atol=0)
     with pytest.raises(ValueError, match="`mask` must be None where `elements` is a SetPrediction"):
-        unpad_sets(prediction, prediction.mask)
+        unpad_sets(prediction, prediction.mask)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="`elements` must be a tensor or a SetPrediction, got tuple"):
+        unpad_sets(tuple(prediction))  # type: ignore[call-overload]
 
 
 def test_a_prediction_in_place_of_elements_is_named_and_not_shown() -> None:

@@ -19,6 +19,7 @@ from setpred._checks import (
     check_shape,
     check_soft_mask,
     check_tensor,
+    described,
 )
 from setpred.functional._precision import common_dtype
 from setpred.functional._precision import full_precision as full_precision
@@ -114,6 +115,7 @@ class ScaledLoss(nn.Module):
 class SetLoss(ScaledLoss):
     """A set loss as a module. Its fields are the function's options and a scaler: see :func:`with_options`."""
 
+    presence: Any
     _names: tuple[str, ...]
 
     @property
@@ -125,7 +127,7 @@ class SetLoss(ScaledLoss):
         self, pred: Tensor | SetPrediction, target: Tensor, pred_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Prediction and target in the scaler's coordinates, and the predicted mask."""
-        pred, pred_mask = opened(pred, pred_mask)
+        pred, pred_mask = opened(pred, pred_mask, self.presence)
         return *self._scaled(pred, target), pred_mask
 
     @override
@@ -296,14 +298,22 @@ def fill_up(sets: Sets, *, sized: bool) -> tuple[Tensor, Tensor | None]:
     return target, present | (absent.cumsum(1) <= rows - present.sum(1, keepdim=True))
 
 
-def opened(pred: Tensor | SetPrediction, pred_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def opened(pred: Tensor | SetPrediction, pred_mask: Tensor | None, presence: object) -> tuple[Tensor, Tensor | None]:
     """Predicted elements and mask, given apart or as a decoder returns them."""
-    if not isinstance(pred, SetPrediction):
+    if isinstance(pred, Tensor):
         return pred, pred_mask
+    if not isinstance(pred, SetPrediction):
+        raise TypeError(f"`pred` must be a tensor or a SetPrediction, got {described(pred)}")
     if pred_mask is not None:
         raise ValueError(
             "`pred_mask` must be None where `pred` is a SetPrediction, which has a mask of its own: the target's is "
             "`target_mask`"
+        )
+    trained = isinstance(pred.elements, Tensor) and pred.elements.requires_grad
+    if presence in SCORED and trained and isinstance(pred.mask, Tensor) and not pred.mask.requires_grad:
+        raise ValueError(
+            f"`pred` must have a mask that is trained with presence={presence!r}, got a constant one, as of a decoder "
+            "with mask_clamp=None: take presence='none'"
         )
     return pred.elements, pred.mask
 

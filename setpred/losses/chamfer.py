@@ -101,7 +101,8 @@ def chamfer_loss(
 
     - ``"feature"`` (the paper): the mask is one more channel on both sides, ones where it is None, and all rows count.
       Absent targets are zeros, and M counts as N, or as the present targets if those are more: however a set was
-      padded, its loss is the same. Where neither side has a mask, both are taken as they are.
+      padded, its loss is the same. Where neither side has a mask, both are taken as they are;
+      a prediction always has one.
     - ``"none"``: only what is present counts. The first mean is weighted by ``pred_mask``, through which gradients
       flow; predictions whose mask is 0 do not exist, and a negative mask makes the loss NaN. Where one of the sets is
       empty, the value is 0.
@@ -116,7 +117,7 @@ def chamfer_loss(
 
     Args:
         pred: Predicted elements, shape ``(B, N, C)``, or ``(K, B, N, C)`` for K predictions of the same targets.
-            Or a :class:`setpred.SetPrediction`, which brings its mask.
+            Or a :class:`setpred.SetPrediction`, whose mask then is the ``pred_mask``, ones where there is none.
         target: Target elements, shape ``(B, M, C)``.
         pred_mask: Predicted presence in [0, 1], with ``"logits"`` of any size; floating, shape ``(B, N)`` or
             ``(K, B, N)``. With ``"bce"`` its values are checked, which waits for the device.
@@ -137,8 +138,9 @@ def chamfer_loss(
         ``(B, M)`` or ``(K, B, M)``, whatever the direction; 0 for those that are not charged.
 
     Raises:
-        ValueError: If a shape is wrong, a choice is unknown, ``pred_mask`` is not in [0, 1] with ``"bce"``, or ``cost``
-            is known to leave out the mask that ``"feature"`` made a channel.
+        ValueError: If a shape is wrong, a choice is unknown, ``pred_mask`` is not in [0, 1] with ``"bce"``, ``cost``
+            is known to leave out the mask that ``"feature"`` made a channel, or a prediction comes with another mask,
+            or with a constant one that is to be scored.
         TypeError: If a dtype is wrong, as bool is for ``pred_mask``.
 
     Example:
@@ -149,7 +151,7 @@ def chamfer_loss(
     Source: Zhang et al. (NeurIPS 2019), equation 1; Fan et al. (CVPR 2017), section 4.1, for points.
     """
     _check_options(cost, matching_cost, presence, presence_weight, direction, point_reduction, reduction)
-    pred, pred_mask = opened(pred, pred_mask)
+    pred, pred_mask = opened(pred, pred_mask, presence)
     sets = enter(pred, target, pred_mask, target_mask, presence)
     pred, target, present = sets.pred, sets.target, sets.present
     weight = exists = None

@@ -114,7 +114,7 @@ def hungarian_loss(
 
     Args:
         pred: Predicted elements, shape ``(B, N, C)``, or ``(K, B, N, C)`` for K predictions of the same targets.
-            Or a :class:`setpred.SetPrediction`, which brings its mask.
+            Or a :class:`setpred.SetPrediction`, whose mask then is the ``pred_mask``, ones where there is none.
         target: Target elements, shape ``(B, M, C)``.
         pred_mask: Predicted presence in [0, 1], with ``"logits"`` of any size; floating, shape ``(B, N)`` or
             ``(K, B, N)``. With ``"bce"`` its values are checked, which waits for the device.
@@ -146,13 +146,18 @@ def hungarian_loss(
         ValueError: If a shape is wrong, a choice is unknown, there are more targets than predictions (in
             ``"feature"`` rows, else present ones), the costs of a sample are NaN or leave no assignment, ``pred_mask``
             is not in [0, 1] with ``"bce"``, ``cost`` is known to leave out the mask that ``"feature"`` made a channel,
-            or there is more than one match per target with ``"feature"``.
+            there is more than one match per target with ``"feature"``, or a prediction comes with another mask, or with
+            a constant one that is to be scored.
         TypeError: If a dtype is wrong, as bool is for ``pred_mask``.
 
     Example:
         >>> pred, target = torch.tensor([[[0.0], [5.0]]]), torch.tensor([[[5.5], [0.0]]])
         >>> hungarian_loss(pred, target, presence="none", return_matching=True)
         (tensor(0.0625), tensor([[1, 0]]))
+        >>> from setpred import MLPDecoder
+        >>> decoder, z = MLPDecoder(in_channels=8, set_size=2, channels=1), torch.randn(1, 8)
+        >>> hungarian_loss(decoder(z), target, target_mask=torch.tensor([[True, False]])).shape
+        torch.Size([])
 
     Source: Zhang et al. (NeurIPS 2019), equation 2 and section 3.2; ``"bce"`` and ``average_over="batch"`` as in Carion
     et al., DETR (ECCV 2020); ``matches_per_target`` as in Jia et al., DETRs with hybrid matching (CVPR 2023).
@@ -160,7 +165,7 @@ def hungarian_loss(
     _check_options(
         cost, matching_cost, presence, presence_weight, average_over, matches_per_target, surplus, nonfinite, reduction
     )
-    pred, pred_mask = opened(pred, pred_mask)
+    pred, pred_mask = opened(pred, pred_mask, presence)
     sets = enter(pred, target, pred_mask, target_mask, presence)
     pred, target, who = sets.pred, sets.target, sets.present
     (rows, channels), cols = pred.shape[1:], target.shape[1]

@@ -99,7 +99,8 @@ def sinkhorn_loss(
 
     - ``presence="feature"``: the mask is one more channel on both sides, ones where it is None, and all rows weigh
       the same. Absent targets are zeros, and M counts as N, or as the present targets if those are more: however a
-      set was padded, its loss is the same. Where neither side has a mask, both are taken as they are.
+      set was padded, its loss is the same. Where neither side has a mask, both are taken as they are;
+      a prediction always has one.
     - ``presence="none"``: predictions weigh as their mask says, through which gradients flow, and all present targets
       the same; each side's weights sum to 1. A negative mask makes the loss NaN. Where one of the sets is empty, the
       value is 0.
@@ -108,7 +109,7 @@ def sinkhorn_loss(
 
     Args:
         pred: Predicted elements, shape ``(B, N, C)``, or ``(K, B, N, C)`` for K predictions of the same targets.
-            Or a :class:`setpred.SetPrediction`, which brings its mask.
+            Or a :class:`setpred.SetPrediction`, whose mask then is the ``pred_mask``, ones where there is none.
         target: Target elements, shape ``(B, M, C)``.
         pred_mask: Predicted presence in [0, 1], floating, shape ``(B, N)`` or ``(K, B, N)``.
         target_mask: Bool or float {0, 1}, shape ``(B, M)``; None means that all are present.
@@ -135,8 +136,8 @@ def sinkhorn_loss(
         being last. It is 0 where one of the sets is empty.
 
     Raises:
-        ValueError: If a shape is wrong, a number out of its range, a choice unknown, or ``cost`` is known to leave out
-            the mask that ``"feature"`` made a channel.
+        ValueError: If a shape is wrong, a number out of its range, a choice unknown, ``cost`` is known to leave out the
+            mask that ``"feature"`` made a channel, or a prediction comes with another mask.
         TypeError: If a dtype is wrong, as bool is for ``pred_mask``.
         RuntimeError: If a second derivative is taken.
 
@@ -154,7 +155,7 @@ def sinkhorn_loss(
     with ``rho`` Sejourne et al., Sinkhorn divergences for unbalanced optimal transport (2019).
     """
     _check_options(cost, epsilon, iters, tol, rho, debias, presence, reduction)
-    pred, pred_mask = opened(pred, pred_mask)
+    pred, pred_mask = opened(pred, pred_mask, presence)
     sets = enter(pred, target, pred_mask, target_mask, presence)
     pred, target, y_mask = sets.pred, sets.target, sets.present
     x_mask = None if sets.pred_mask is None else as_weight(sets.pred_mask)

@@ -54,7 +54,7 @@ def sliced_wasserstein_loss(
 
     Args:
         pred: Predicted elements, shape ``(B, N, C)``, or ``(K, B, N, C)`` for K predictions of the same targets.
-            Or a :class:`setpred.SetPrediction`, which brings its mask.
+            Or a :class:`setpred.SetPrediction`, whose mask then is the ``pred_mask``, ones where there is none.
         target: Target elements, shape ``(B, M, C)``.
         pred_mask: Predicted presence in [0, 1], floating, shape ``(B, N)`` or ``(K, B, N)``.
         target_mask: Bool or float {0, 1}, shape ``(B, M)``; None means that all are present.
@@ -68,7 +68,8 @@ def sliced_wasserstein_loss(
         The loss; 0 where one of the sets is empty.
 
     Raises:
-        ValueError: If a shape is wrong, a number is out of its range, or a choice is unknown.
+        ValueError: If a shape is wrong, a number is out of its range, a choice is unknown, or a prediction comes with
+            another mask.
         TypeError: If a dtype is wrong, as bool is for ``pred_mask``.
 
     Example:
@@ -79,7 +80,7 @@ def sliced_wasserstein_loss(
     Source: Bonneel et al., Sliced and Radon Wasserstein barycenters of measures (2015), equation 8.
     """
     _check_options(directions, power, presence, reduction)
-    pred, pred_mask = opened(pred, pred_mask)
+    pred, pred_mask = opened(pred, pred_mask, presence)
     sets = enter(pred, target, pred_mask, target_mask, presence)
     pred, target, y_mask = sets.pred, sets.target, sets.present
     x_mask = None if sets.pred_mask is None else as_weight(sets.pred_mask)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from setpred._checks import check_integers, check_mask, check_tensor
+from setpred._checks import check_integers, check_mask, check_tensor, described
 from setpred.functional.classes import matched_classes
 
 
@@ -42,7 +42,7 @@ def cardinality_error(pred_mask: Tensor, target_mask: Tensor) -> Tensor:
 def _number(name: str, mask: Tensor) -> Tensor:
     """How many there are, NaN where the mask is."""
     if not isinstance(mask, Tensor):
-        raise TypeError(f"`{name}` must be a tensor, got {mask!r}")
+        raise TypeError(f"`{name}` must be a tensor, got {described(mask)}")
     check_mask(name, mask, mask.shape)
     return ((mask > 0.5).float() + 0 * mask.float()).sum(-1)
 

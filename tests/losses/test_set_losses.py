@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from setpred.decoders.mlp import MLPDecoder
 from setpred.functional.pairwise import on_channels, pairwise_cost, sum_costs
 from setpred.losses.chamfer import ChamferLoss, chamfer_loss
 from setpred.losses.hungarian import HungarianLoss, hungarian_loss
@@ -125,6 +126,20 @@ def test_a_prediction_brings_its_mask(module: type[nn.Module], function: Callabl
     for loss in losses:
         with pytest.raises(ValueError, match="`pred_mask` must be None where `pred` is a SetPrediction"):
             loss(prediction, target, pred_mask, target_mask)
+
+
+@name
+@pytest.mark.parametrize("presence", ["bce", "logits"])
+def test_a_constant_mask_is_not_scored(name: str, presence: str) -> None:
+    """Of a decoder without one: the value would be large, and say nothing."""
+    loss, _ = LOSSES[name]
+    prediction = MLPDecoder(8, 5, 2, mask_clamp=None)(torch.randn(3, 8))
+    target = torch.randn(3, 5, 2)
+    with pytest.raises(ValueError, match=f"`pred` must have a mask that is trained with presence='{presence}'"):
+        loss(prediction, target, presence=presence)
+    with torch.no_grad():
+        loss(prediction._replace(elements=prediction.elements.detach()), target, presence=presence)
+    assert loss(prediction, target, presence="none").requires_grad
 
 
 @name
@@ -346,7 +361,7 @@ def test_module(module: type[nn.Module]) -> None:
     [
         (ValueError, r"`pred` must have shape \(B, N, C\) or \(K, B, N, C\)", {"pred": torch.rand(5, 2)}),
         (TypeError, "`pred` must have a floating dtype", {"pred": torch.ones(2, 5, 2).long()}),
-        (TypeError, r"`pred` must be a tensor, got \[0.0\] \(list\)", {"pred": [0.0]}),
+        (TypeError, r"`pred` must be a tensor or a SetPrediction, got \[0.0\] \(list\)", {"pred": [0.0]}),
         (TypeError, "`target` must be a tensor, got None", {"target": None}),
         (ValueError, r"`target` must have shape \(2, M, 2\), got .*\(2, 5, 3\)", {"target": torch.rand(2, 5, 3)}),
         (ValueError, r"`target` must have shape \(2, M, 2\), got .*\(3, 5, 2\)", {"target": torch.rand(3, 5, 2)}),
