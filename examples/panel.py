@@ -41,10 +41,14 @@ def transformer(_: PooledEncoder, size: int, channels: int) -> TransformerDecode
     return TransformerDecoder(LATENT, size, channels, WIDTH)
 
 
+def recommended(encoder: PooledEncoder, size: int, channels: int) -> DSPNDecoder:
+    """Decode a vector as recommended, and nothing set."""
+    return DSPNDecoder.recommended(encoder, set_size=size, channels=channels)
+
+
 CONTESTANTS = {
-    # As recommended, and nothing set.
     "dspn": Contestant(
-        lambda encoder, size, channels: DSPNDecoder.recommended(encoder, set_size=size, channels=channels),
+        recommended,
         {"DSPN": {}, "DSPN, 80 steps": {"iters": 80}, "DSPN, 4 starts": {"starts": 4}},
     ),
     "mlp": Contestant(lambda encoder, size, channels: MLPDecoder(LATENT, size, channels, WIDTH), {"MLP": {}}),
@@ -56,10 +60,7 @@ CONTESTANTS = {
         of_tokens=lambda encoder, size, channels: SlotDecoder(LATENT, size, channels, WIDTH),
     ),
     "refined": Contestant(
-        lambda encoder, size, channels: Refined(
-            transformer(encoder, size, channels),
-            DSPNDecoder.recommended(encoder, set_size=size, channels=channels),
-        ),
+        lambda *task: Refined(transformer(*task), recommended(*task)),
         {"transformer, then DSPN": {}, "its start": {"refine": False}},
     ),
 }

@@ -60,6 +60,22 @@ class SetPrediction(NamedTuple):
     trajectory: Trajectory | None = None
 
 
+def opened(
+    names: tuple[str, str], elements: Tensor | SetPrediction, mask: Tensor | None, hint: str
+) -> tuple[Tensor, Tensor | None]:
+    """Elements and mask, given apart or as a decoder returns them; names are those of both arguments."""
+    if isinstance(elements, Tensor):
+        return elements, mask
+    name, mask_name = names
+    if not isinstance(elements, SetPrediction):
+        raise TypeError(f"`{name}` must be a tensor or a SetPrediction, got {described(elements)}")
+    if mask is not None:
+        raise ValueError(
+            f"`{mask_name}` must be None where `{name}` is a SetPrediction, which has a mask of its own: {hint}"
+        )
+    return elements[:2]
+
+
 def pad_sets(sets: Iterable[Tensor], size: int | None = None) -> tuple[Tensor, Tensor]:
     """Stack sets of different sizes into one zero-padded batch.
 
@@ -140,15 +156,7 @@ def unpad_sets(elements: Tensor | SetPrediction, mask: Tensor | None = None, thr
         >>> [len(s) for s in unpad_sets(prediction)]
         [2, 1]
     """
-    if isinstance(elements, SetPrediction):
-        if mask is not None:
-            raise ValueError(
-                "`mask` must be None where `elements` is a SetPrediction, which has a mask of its own; `threshold` is "
-                "given by its name"
-            )
-        elements, mask, _ = elements
-    elif not isinstance(elements, Tensor):
-        raise TypeError(f"`elements` must be a tensor or a SetPrediction, got {described(elements)}")
+    elements, mask = opened(("elements", "mask"), elements, mask, "`threshold` is given by its name")
     check_shape("elements", elements, "B", "N", "C")
     if mask is None:
         raise TypeError("`mask` must be a tensor, got None")

@@ -19,13 +19,12 @@ from setpred._checks import (
     check_shape,
     check_soft_mask,
     check_tensor,
-    described,
 )
 from setpred.functional._precision import common_dtype
 from setpred.functional._precision import full_precision as full_precision
 from setpred.functional.pairwise import Cost, channels_seen, check_cost, cost_of_pairs
 from setpred.scaler import StandardScaler, check_scaler, scaled
-from setpred.sets import SetPrediction
+from setpred.sets import SetPrediction, opened
 
 Reduction = Literal["mean", "sum", "none"]
 Presence = Literal["feature", "bce", "logits", "none"]
@@ -127,7 +126,7 @@ class SetLoss(ScaledLoss):
         self, pred: Tensor | SetPrediction, target: Tensor, pred_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Prediction and target in the scaler's coordinates, and the predicted mask."""
-        pred, pred_mask = opened(pred, pred_mask, self.presence)
+        pred, pred_mask = open_pred(pred, pred_mask, self.presence)
         return *self._scaled(pred, target), pred_mask
 
     @override
@@ -298,24 +297,17 @@ def fill_up(sets: Sets, *, sized: bool) -> tuple[Tensor, Tensor | None]:
     return target, present | (absent.cumsum(1) <= rows - present.sum(1, keepdim=True))
 
 
-def opened(pred: Tensor | SetPrediction, pred_mask: Tensor | None, presence: object) -> tuple[Tensor, Tensor | None]:
-    """Predicted elements and mask, given apart or as a decoder returns them."""
-    if isinstance(pred, Tensor):
-        return pred, pred_mask
-    if not isinstance(pred, SetPrediction):
-        raise TypeError(f"`pred` must be a tensor or a SetPrediction, got {described(pred)}")
-    if pred_mask is not None:
-        raise ValueError(
-            "`pred_mask` must be None where `pred` is a SetPrediction, which has a mask of its own: the target's is "
-            "`target_mask`"
-        )
-    trained = isinstance(pred.elements, Tensor) and pred.elements.requires_grad
-    if presence in SCORED and trained and isinstance(pred.mask, Tensor) and not pred.mask.requires_grad:
+def open_pred(pred: Tensor | SetPrediction, pred_mask: Tensor | None, presence: object) -> tuple[Tensor, Tensor | None]:
+    """Predicted elements and mask; that of a prediction must be trained where it is scored."""
+    elements, mask = opened(("pred", "pred_mask"), pred, pred_mask, "the target's is `target_mask`")
+    trained = isinstance(elements, Tensor) and elements.requires_grad
+    constant = isinstance(mask, Tensor) and not mask.requires_grad
+    if isinstance(pred, SetPrediction) and presence in SCORED and trained and constant:
         raise ValueError(
             f"`pred` must have a mask that is trained with presence={presence!r}, got a constant one, as of a decoder "
             "with mask_clamp=None: take presence='none'"
         )
-    return pred.elements, pred.mask
+    return elements, mask
 
 
 def enter(

@@ -26,7 +26,7 @@ from setpred.losses._common import (
     keep_nan,
     mean_rows,
     nothing,
-    opened,
+    open_pred,
     presence_loss,
     reduce,
     with_options,
@@ -151,7 +151,7 @@ def chamfer_loss(
     Source: Zhang et al. (NeurIPS 2019), equation 1; Fan et al. (CVPR 2017), section 4.1, for points.
     """
     _check_options(cost, matching_cost, presence, presence_weight, direction, point_reduction, reduction)
-    pred, pred_mask = opened(pred, pred_mask, presence)
+    pred, pred_mask = open_pred(pred, pred_mask, presence)
     sets = enter(pred, target, pred_mask, target_mask, presence)
     pred, target, present = sets.pred, sets.target, sets.present
     weight = exists = None

@@ -26,7 +26,7 @@ from setpred.losses._common import (
     gather_rows,
     keep_nan,
     mean_rows,
-    opened,
+    open_pred,
     presence_loss,
     reduce,
     with_options,
@@ -165,7 +165,7 @@ def hungarian_loss(
     _check_options(
         cost, matching_cost, presence, presence_weight, average_over, matches_per_target, surplus, nonfinite, reduction
     )
-    pred, pred_mask = opened(pred, pred_mask, presence)
+    pred, pred_mask = open_pred(pred, pred_mask, presence)
     sets = enter(pred, target, pred_mask, target_mask, presence)
     pred, target, who = sets.pred, sets.target, sets.present
     (rows, channels), cols = pred.shape[1:], target.shape[1]

@@ -23,7 +23,7 @@ from setpred.losses._common import (
     full_precision,
     keep_nan,
     nothing,
-    opened,
+    open_pred,
     reduce,
     with_options,
 )
@@ -155,7 +155,7 @@ def sinkhorn_loss(
     with ``rho`` Sejourne et al., Sinkhorn divergences for unbalanced optimal transport (2019).
     """
     _check_options(cost, epsilon, iters, tol, rho, debias, presence, reduction)
-    pred, pred_mask = opened(pred, pred_mask, presence)
+    pred, pred_mask = open_pred(pred, pred_mask, presence)
     sets = enter(pred, target, pred_mask, target_mask, presence)
     pred, target, y_mask = sets.pred, sets.target, sets.present
     x_mask = None if sets.pred_mask is None else as_weight(sets.pred_mask)

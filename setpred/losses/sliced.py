@@ -19,7 +19,7 @@ from setpred.losses._common import (
     full_precision,
     keep_nan,
     nothing,
-    opened,
+    open_pred,
     reduce,
     with_options,
 )
@@ -80,7 +80,7 @@ def sliced_wasserstein_loss(
     Source: Bonneel et al., Sliced and Radon Wasserstein barycenters of measures (2015), equation 8.
     """
     _check_options(directions, power, presence, reduction)
-    pred, pred_mask = opened(pred, pred_mask, presence)
+    pred, pred_mask = open_pred(pred, pred_mask, presence)
     sets = enter(pred, target, pred_mask, target_mask, presence)
     pred, target, y_mask = sets.pred, sets.target, sets.present
     x_mask = None if sets.pred_mask is None else as_weight(sets.pred_mask)

@@ -72,14 +72,14 @@ def test_equals_the_formula(name: str, presence: str, kind: str, batch: int, n: 
         torch.testing.assert_close(a, b, **EXACT)
 
 
+MODULES = [
+    *((m, f, p) for m, f in ((HungarianLoss, hungarian_loss), (ChamferLoss, chamfer_loss)) for p in PRESENCES),
+    *((SinkhornLoss, sinkhorn_loss, p) for p in ("feature", "none")),
+]
+
+
 @pytest.mark.parametrize("steps", [None, 3])
-@pytest.mark.parametrize(
-    ("module", "function", "presence"),
-    [
-        *((m, f, p) for m, f in ((HungarianLoss, hungarian_loss), (ChamferLoss, chamfer_loss)) for p in PRESENCES),
-        *((SinkhornLoss, sinkhorn_loss, p) for p in ("feature", "none")),
-    ],
-)
+@pytest.mark.parametrize(("module", "function", "presence"), MODULES)
 def test_a_scaler_maps_both_sides(
     module: type[nn.Module], function: Callable[..., Tensor], presence: str, steps: int | None
 ) -> None:
@@ -103,11 +103,7 @@ def test_a_scaler_maps_both_sides(
 
 @pytest.mark.parametrize(
     ("module", "function", "presence"),
-    [
-        *((m, f, p) for m, f in ((HungarianLoss, hungarian_loss), (ChamferLoss, chamfer_loss)) for p in PRESENCES),
-        *((SinkhornLoss, sinkhorn_loss, p) for p in ("feature", "none")),
-        *((SlicedWassersteinLoss, sliced_wasserstein_loss, p) for p in ("feature", "none")),
-    ],
+    [*MODULES, *((SlicedWassersteinLoss, sliced_wasserstein_loss, p) for p in ("feature", "none"))],
 )
 def test_a_prediction_brings_its_mask(module: type[nn.Module], function: Callable[..., Tensor], presence: str) -> None:
     pred, target, pred_mask, target_mask = random_sets(3, 5, 4)
