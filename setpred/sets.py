@@ -73,7 +73,7 @@ def opened(
         raise ValueError(
             f"`{mask_name}` must be None where `{name}` is a SetPrediction, which has a mask of its own: {hint}"
         )
-    return elements[:2]
+    return elements.elements, elements.mask  # not [:2], which PyTorch 2.7 does not compile
 
 
 def pad_sets(sets: Iterable[Tensor], size: int | None = None) -> tuple[Tensor, Tensor]:
