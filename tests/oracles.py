@@ -176,8 +176,11 @@ def attention_encoder(encoder: AttentionEncoder, elements: Tensor, mask: Tensor)
                 points = [attend(layer.gather, point, rows, presence) for point in layer.points]
                 rows = [attend(layer.spread, row, points, torch.ones(len(points))) for row in rows]
         rows = [encoder.feed(row).relu() for row in rows]
-        pooled = attend(encoder.pool, encoder.seed[0], rows, presence)
-        vectors.append(encoder.out(torch.sqrt(1 + presence.sum()) * pooled))
+        if hasattr(encoder.pool, "seed"):
+            pooled = attend(encoder.pool.attention, encoder.pool.seed[0], rows, presence)
+            vectors.append(encoder.out(torch.sqrt(1 + presence.sum()) * pooled))
+        else:
+            vectors.append(encoder.pool(torch.stack([encoder.out(row) for row in rows]).unsqueeze(0))[0])
     return torch.stack(vectors)
 
 

@@ -168,8 +168,9 @@ def things() -> Iterator[tuple[str, Case]]:
         ("fspool", "sum", "mean", "max", FSPool(D - 1, relaxed=0.5)),
     ):
         yield f"{name}:{pooling}", Case(encoder(C, D, 8, pool=pooling, size_feature=True), encode)
-    for points in (None, 3):
-        yield f"AttentionEncoder:{points}", Case(AttentionEncoder(C, D, 8, inducing_points=points), encode)
+    for points, pooling in product((None, 3), ("fspool", "attention")):
+        attention = AttentionEncoder(C, D, 8, inducing_points=points, pool=pooling)
+        yield f"AttentionEncoder:{points} {pooling}", Case(attention, encode)
     yield "EncoderCheck", Case(check_encoder(PooledEncoder(C, D, 8), C))
     yield "FSPool", Case(FSPool(C, 7), pool)
     yield "FSPool:relaxed", Case(FSPool(C, relaxed=0.3), pool)

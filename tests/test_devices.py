@@ -151,7 +151,7 @@ CASES: dict[str, Case] = {
     "RelationEncoder": encoder(RelationEncoder, "fspool", size_feature=True),
     "AttentionEncoder": lambda: called(AttentionEncoder(3, 8, 16), torch.rand(2, 5, 3), torch.rand(2, 5)),
     "AttentionEncoder, points": lambda: called(
-        AttentionEncoder(3, 8, 16, inducing_points=2), torch.rand(2, 5, 3), presence(2, 5)
+        AttentionEncoder(3, 8, 16, inducing_points=2, pool="attention"), torch.rand(2, 5, 3), presence(2, 5)
     ),
     "DSPNDecoder, paper": dspn(),
     "DSPNDecoder, idspn": dspn("idspn"),

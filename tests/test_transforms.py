@@ -320,8 +320,10 @@ def of_modules() -> Iterator[tuple[str, Case]]:
     x, mask, hard = torch.randn(V, B, N, C), torch.rand(V, B, N), bools(B, N)
     for name, make in ENCODERS.items():
         attends = name == "AttentionEncoder"
-        for way in (None, 2) if attends else ("fspool", "sum", "mean", "max", FSPool(D, relaxed=0.5)):
-            yield f"{name}:{way}", Case(make(**{"inducing_points" if attends else "pool": way}), (x, mask))
+        for pooling in ("fspool", "sum", "mean", "max", FSPool(D, relaxed=0.5), *["attention"] * attends):
+            yield f"{name}:{pooling}", Case(make(pool=pooling), (x, mask))
+        if attends:
+            yield f"{name}:points", Case(make(inducing_points=2), (x, mask))
         yield f"{name}:no mask", Case(make(), (x,))
         options = {} if attends else {"size_feature": True}
         yield f"{name}:hard", Case(make(**options), (x, hard))

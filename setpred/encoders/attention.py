@@ -1,49 +1,57 @@
-"""AttentionEncoder: elements attend to each other, then a learned query attends to them all (Set Transformer)."""
+"""AttentionEncoder: elements attend to each other, then a pool, or a learned query that attends to them all."""
 
 from __future__ import annotations  # torch.compile cannot evaluate the annotations of nested functions
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from setpred._checks import check_count
+from setpred._checks import check_choice, check_count
 from setpred.encoders.base import joined
+from setpred.encoders.pool import POOLS, Pool, PoolName
+from setpred.encoders.scaling import divisor
 
-GAIN = 0.65  # Fitted: of the last layer, so that the curvature of a fresh encoder is about 0.6.
+# Of the last layer. Both are fitted, so that the curvature of a fresh encoder is about 0.6.
+POOLED_GAIN = 1.1
+ATTENDED_GAIN = 0.65  # by a learned query
 BRANCH = 0.5  # Of what a layer adds to the elements, over the square root of the number of layers.
 
 
 class AttentionEncoder(nn.Module):
-    r"""Set encoder whose elements attend to each other before a learned query pools them: a Set Transformer.
+    r"""Set encoder whose elements attend to each other before they are pooled; as a Set Transformer or by FSPool.
 
     .. math::
         X_0 &= W\,[y_i; m_i] + b, \qquad
         X_l = \mathrm{MAB}(X_{l-1}, X_{l-1}) \;\text{ or }\; \mathrm{MAB}(X_{l-1}, \mathrm{MAB}(I_l, X_{l-1})) \\
-        H(Y) &= \sqrt{1 + \textstyle\sum_j m_j}\; W'\, \mathrm{MAB}(s, \operatorname{relu}(X_L W'' + b'')) + b' \\
+        R &= \operatorname{relu}(X_L W'' + b''), \qquad
+        H(Y) = \operatorname{pool}_i\,(R_i W' + b') \;\text{ or }\;
+        \sqrt{1 + \textstyle\sum_j m_j}\; \mathrm{MAB}(s, R)\, W' + b' \\
         \mathrm{MAB}(X, Y) &= A + \operatorname{relu}(A W_f + b_f), \qquad A = X + \mathrm{Multihead}(X, Y, Y)
 
-    with learned inducing points I and a learned seed s. There is no layer normalisation: on nearly equal elements it
-    multiplies small differences, and the curvature of the inner loss with them. In every head, the weight of element
-    j for query i is
+    with learned inducing points I and, as the second form of H with ``pool="attention"``, a learned seed s. There is no
+    layer normalisation: on nearly equal elements it multiplies small differences, and the curvature of the inner loss
+    with them. In every head, the weight of element j for query i is
 
     .. math::
         a_{ij} = \frac{m_j \exp(m_j l_{ij})}{1 + \sum_k m_k \exp(m_k l_{ik})}, \qquad
         l_{ij} = \frac{\hat q_i \cdot \hat k_j}{\sqrt{d}}, \qquad \hat q = q \big/ \sqrt{1 + \lVert q \rVert^2 / d}
 
-    **The mask** is a feature of each element, as in the other encoders, and the weight that it is attended to with. An
-    absent element, of mask 0, changes nothing, nor does the number of rows that a set is padded to. In between, the
+    **The mask** is a feature of each element, as in the other encoders, and the weight that it is attended to with. Its
     derivatives are continuous and bounded, also at 0, where an element may come back: the mask scales the logit too,
     and queries and keys have bounded norm, where :math:`\exp(l_{ij})` alone would make the step from absent to present
-    as steep as it is large. An empty set has a vector.
+    as steep as it is large. With ``pool="attention"`` an absent element, of mask 0, changes nothing, nor does the
+    number of rows that a set is padded to, and an empty set has a vector. Other pools take the rows of absent elements
+    too, as in :class:`PooledEncoder`.
+
+    **For decoding** keep ``pool="fspool"``: elements that change nothing have no gradient, so that a descent to which
+    they became absent does not find back, and a learned query parts elements less well (:doc:`/choosing`).
 
     **Equal elements** matter: weights that sum to one would be the same for {a} and {a, a}. The 1 in the denominator,
     an element of logit and value 0, tells them apart, and the square root brings a growth with the size that does not
-    fade, since the encoding of a set must say how many elements a decoder shall find. Equal elements get equal
-    gradients: start the descent from distinct ones, as ``init="learned"`` and ``"random"`` do
-    (:doc:`/concepts/multisets`).
+    fade. But with FSPool equal elements get equal gradients (:doc:`/concepts/multisets`).
 
     Args:
         in_channels: Features C of an element, without the mask.
@@ -53,11 +61,14 @@ class AttentionEncoder(nn.Module):
         heads: Number of heads of each attention.
         inducing_points: Number of learned points that stand between the elements, for time and memory that grow with N;
             None lets all attend to all, N^2.
+        pool: ``"fspool"``, ``"sum"``, ``"mean"``, ``"max"``, or a module ``(B, N, D) -> (B, D)``, as in
+            :class:`PooledEncoder`; or ``"attention"``, of a learned query, as in a Set Transformer.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: If a number is out of its range, or ``hidden_channels`` is no multiple of ``heads``.
+        ValueError: If a number is out of its range, ``hidden_channels`` is no multiple of ``heads``, or the pool is
+            unknown.
 
     Example:
         >>> encoder = AttentionEncoder(in_channels=4, out_channels=64)
@@ -65,7 +76,7 @@ class AttentionEncoder(nn.Module):
         torch.Size([8, 64])
 
     Source: Lee et al., Set Transformer (ICML 2019), section 3, without its layer normalisation; the element of value 0:
-    ``add_zero_attn`` of `torch.nn.MultiheadAttention`. Mask, bounded norm and size are ours.
+    ``add_zero_attn`` of `torch.nn.MultiheadAttention`. Mask, bounded norm, size and the other pools are ours.
     """
 
     def __init__(
@@ -77,6 +88,7 @@ class AttentionEncoder(nn.Module):
         layers: int = 1,
         heads: int = 4,
         inducing_points: int | None = None,
+        pool: PoolName | Literal["attention"] | nn.Module = "fspool",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -98,21 +110,26 @@ class AttentionEncoder(nn.Module):
             for _ in range(layers)
         )
         self.feed = nn.Linear(hidden_channels, hidden_channels, **options)
-        self.seed = nn.Parameter(torch.empty(1, hidden_channels, **options))
-        self.pool = _Attention(hidden_channels, heads, 1.0, **options)
         self.out = nn.Linear(hidden_channels, out_channels, **options)
+        if isinstance(pool, nn.Module):
+            self.pool = pool
+        elif pool == "attention":
+            self.pool = _SeedAttention(hidden_channels, heads, **options)
+        else:
+            check_choice("pool", pool, (*POOLS, "attention"))
+            self.pool = Pool(pool, out_channels, **options)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw new parameters."""
+        """Draw new parameters; a pool of one's own is left alone."""
+        attended = isinstance(self.pool, _SeedAttention)
         _draw(self.embed)
         _draw(self.feed, 2**0.5)
-        _draw(self.out, GAIN * (self.in_channels + 1) ** 0.25)
+        _draw(self.out, ATTENDED_GAIN * (self.in_channels + 1) ** 0.25 if attended else POOLED_GAIN)
         nn.init.normal_(self.embed.bias, std=(self.in_channels + 1) ** -0.5)  # zeros would hide elements at 0
-        nn.init.normal_(self.seed, std=self.seed.shape[1] ** -0.5)
         for block in (*self.layers, self.pool):
-            assert isinstance(block, _SelfAttention | _Attention)  # for mypy: nn.ModuleList forgets it
-            block.reset_parameters()
+            if isinstance(block, _SelfAttention | _SeedAttention | Pool):
+                block.reset_parameters()
 
     def forward(self, elements: Tensor, mask: Tensor | None = None) -> Tensor:
         """Encode sets.
@@ -120,8 +137,8 @@ class AttentionEncoder(nn.Module):
         Args:
             elements: Shape ``(B, N, in_channels)``, N >= 1.
             mask: Bool or float in [0, 1], shape ``(B, N)``; None means that all are present. Where a bool mask is
-                False, elements may be anything, NaN included; where a float one is 0, anything finite: its gradient
-                asks what they would do.
+                False, elements may be anything, NaN included, and are taken for 0; where a float one is 0, anything
+                finite: its gradient asks what they would do.
 
         Returns:
             Shape ``(B, out_channels)``.
@@ -136,13 +153,39 @@ class AttentionEncoder(nn.Module):
         x = self.embed(x)
         for layer in self.layers:
             x = layer(x, presence)
-        pooled = self.pool(self.seed.expand(len(x), -1, -1), F.relu(self.feed(x)), presence)
-        vector: Tensor = self.out(pooled.squeeze(1) * (1 + presence.sum(1, keepdim=True)).sqrt())
+        x = F.relu(self.feed(x))
+        vector: Tensor
+        if isinstance(self.pool, _SeedAttention):
+            vector = self.out(self.pool(x, presence))
+            return vector
+        size, inputs = presence.shape[1], self.in_channels + 1
+        vector = self.pool(self.out(x))
+        if isinstance(self.pool, Pool):
+            vector = vector / divisor("conditioned", self.pool, size, size, inputs, self.out_channels)
         return vector
 
     @override
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, inducing_points={self.inducing_points}"
+
+
+class _SeedAttention(nn.Module):
+    """PMA: a learned query attends to the elements (B, N, H), times the root of how many they are: (B, H)."""
+
+    def __init__(
+        self, channels: int, heads: int, *, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        self.seed = nn.Parameter(torch.empty(1, channels, device=device, dtype=dtype))
+        self.attention = _Attention(channels, heads, 1.0, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.seed, std=self.seed.shape[1] ** -0.5)
+        self.attention.reset_parameters()
+
+    def forward(self, x: Tensor, presence: Tensor) -> Tensor:
+        pooled: Tensor = self.attention(self.seed.expand(len(x), -1, -1), x, presence).squeeze(1)
+        return pooled * (1 + presence.sum(1, keepdim=True)).sqrt()
 
 
 class _SelfAttention(nn.Module):

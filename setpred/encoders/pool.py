@@ -1,7 +1,7 @@
 """The pools that encoders take by name."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from setpred.functional.argsort import argsort_descending
 from setpred.functional.sort_pool import element_weights
 
 PoolName = Literal["fspool", "sum", "mean", "max"]
+POOLS = get_args(PoolName)
 
 
 class Pool(nn.Module):
@@ -26,7 +27,7 @@ class Pool(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        check_choice("pool", kind, ("fspool", "sum", "mean", "max"))
+        check_choice("pool", kind, POOLS)
         self.kind = kind
         self.fspool = FSPool(channels, device=device, dtype=dtype) if kind == "fspool" else None
 

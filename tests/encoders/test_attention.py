@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrize
 
-from setpred import AttentionEncoder, DSPNDecoder, HungarianLoss
+from setpred import AttentionEncoder, DSPNDecoder, FSPool, HungarianLoss
 from setpred.encoders.attention import _Attention, _bounded
 from tests import oracles
 from tests.encoders.curvature import curvature, starts
 
 DOUBLE = {"dtype": torch.float64}
 POINTS = pytest.mark.parametrize("points", [None, 3])
+POOLS = pytest.mark.parametrize("pool", ["fspool", "attention"])
 
 
 def drawn(encoder: AttentionEncoder) -> AttentionEncoder:
@@ -27,6 +28,7 @@ def drawn(encoder: AttentionEncoder) -> AttentionEncoder:
 
 
 @POINTS
+@POOLS
 @settings(max_examples=15)
 @given(
     size=st.integers(1, 4),
@@ -35,9 +37,12 @@ def drawn(encoder: AttentionEncoder) -> AttentionEncoder:
     masked=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_equals_the_formula(points: int | None, size: int, layers: int, heads: int, masked: bool, seed: int) -> None:
+def test_equals_the_formula(
+    pool: str, points: int | None, size: int, layers: int, heads: int, masked: bool, seed: int
+) -> None:
     torch.manual_seed(seed)
-    encoder = drawn(AttentionEncoder(2, 4, 6, layers=layers, heads=heads, inducing_points=points, **DOUBLE))
+    own = FSPool(4, **DOUBLE) if pool == "fspool" else "attention"  # one of one's own is not scaled
+    encoder = drawn(AttentionEncoder(2, 4, 6, layers=layers, heads=heads, inducing_points=points, pool=own, **DOUBLE))
     elements, mask = torch.randn(2, size, 2, **DOUBLE), torch.rand(2, size, **DOUBLE).round(decimals=1)
     expected = oracles.attention_encoder(encoder, elements, mask if masked else torch.ones_like(mask))
     torch.testing.assert_close(encoder(elements, mask if masked else None), expected, rtol=1e-9, atol=1e-9)
@@ -80,7 +85,7 @@ def test_bounded_vectors() -> None:
 
 @POINTS
 def test_absent_elements_do_not_matter(points: int | None) -> None:
-    encoder = drawn(AttentionEncoder(2, 4, 6, heads=2, inducing_points=points, **DOUBLE))
+    encoder = drawn(AttentionEncoder(2, 4, 6, heads=2, inducing_points=points, pool="attention", **DOUBLE))
     elements, rest = torch.randn(3, 4, 2, **DOUBLE), 100 * torch.randn(3, 5, 2, **DOUBLE)
     mask = torch.rand(3, 4, **DOUBLE)
     padded = torch.cat([elements, rest], 1), torch.cat([mask, torch.zeros(3, 5, **DOUBLE)], 1)
@@ -92,10 +97,11 @@ def test_absent_elements_do_not_matter(points: int | None) -> None:
 
 
 @POINTS
-def test_a_bool_mask_cuts(points: int | None) -> None:
-    encoder = drawn(AttentionEncoder(2, 4, 6, heads=2, inducing_points=points))
+@POOLS
+def test_a_bool_mask_cuts(pool: str, points: int | None) -> None:
+    encoder = drawn(AttentionEncoder(2, 4, 6, heads=2, inducing_points=points, pool=pool))
     elements, mask = torch.randn(2, 4, 2), torch.tensor([[True, True, False, True], [False] * 4])
-    expected = encoder(elements, mask.float())
+    expected = encoder(elements * mask.unsqueeze(-1), mask.float())
     broken = elements.masked_fill(~mask.unsqueeze(-1), torch.nan).requires_grad_()
     vector = encoder(broken, mask)
     torch.testing.assert_close(vector, expected)
@@ -106,11 +112,11 @@ def test_a_bool_mask_cuts(points: int | None) -> None:
 
 @POINTS
 def test_an_empty_set_has_a_vector_and_a_way_out(points: int | None) -> None:
-    encoder = AttentionEncoder(2, 4, 8, inducing_points=points, **DOUBLE)
+    encoder = AttentionEncoder(2, 4, 8, inducing_points=points, pool="attention", **DOUBLE)
     mask = torch.zeros(2, 3, **DOUBLE, requires_grad=True)
     vector = encoder(torch.randn(2, 3, 2, **DOUBLE), mask)
     torch.testing.assert_close(vector[0], vector[1])
-    of_mask, _ = torch.autograd.grad(vector.square().sum() + vector.sum(), [mask, encoder.seed])
+    of_mask, _ = torch.autograd.grad(vector.square().sum() + vector.sum(), [mask, encoder.pool.seed])
     assert of_mask.isfinite().all()
     assert of_mask.all()
 
@@ -118,9 +124,9 @@ def test_an_empty_set_has_a_vector_and_a_way_out(points: int | None) -> None:
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_the_mask_comes_in_gradually(scale: float) -> None:
     """Its slope is bounded, however strongly an element is attended to."""
-    encoder = AttentionEncoder(2, 4, 64, **DOUBLE)
+    encoder = AttentionEncoder(2, 4, 64, pool="attention", **DOUBLE)
     with torch.no_grad():
-        for block in (encoder.layers[0].spread, encoder.pool):
+        for block in (encoder.layers[0].spread, encoder.pool.attention):
             block.query.weight.mul_(scale)
             block.key.weight.mul_(scale)
     elements = torch.randn(1, 5, 2, **DOUBLE)
@@ -135,8 +141,9 @@ def test_the_mask_comes_in_gradually(scale: float) -> None:
 
 
 @POINTS
-def test_multiplicities_are_seen(points: int | None) -> None:
-    encoder = AttentionEncoder(2, 16, 32, inducing_points=points, **DOUBLE)
+@POOLS
+def test_multiplicities_are_seen(pool: str, points: int | None) -> None:
+    encoder = AttentionEncoder(2, 16, 32, inducing_points=points, pool=pool, **DOUBLE)
     one, other = torch.randn(2, 1, 1, 2, **DOUBLE)
     sets = [one, one.repeat(1, 2, 1), one.repeat(1, 3, 1), torch.cat([one, other], 1), torch.cat([one, one, other], 1)]
     vectors = torch.cat([encoder(elements) for elements in sets])
@@ -150,17 +157,18 @@ def test_multiplicities_are_seen(points: int | None) -> None:
 
 
 @POINTS
+@pytest.mark.parametrize("pool", ["fspool", "sum", "mean", "max", "attention"])
 @pytest.mark.parametrize("layers", [1, 4])
 @pytest.mark.parametrize("features", [16, 1024])
 @pytest.mark.parametrize("channels", [1, 18])
 @pytest.mark.parametrize("size", [4, 128])
 def test_curvature_does_not_depend_on_sizes(
-    size: int, channels: int, features: int, layers: int, points: int | None
+    size: int, channels: int, features: int, layers: int, pool: str, points: int | None
 ) -> None:
     values = []
     for seed in range(3):
         torch.manual_seed(seed)
-        encoder = AttentionEncoder(channels, features, 64, layers=layers, inducing_points=points)
+        encoder = AttentionEncoder(channels, features, 64, layers=layers, inducing_points=points, pool=pool)
         values.append(curvature(encoder, *starts(size, channels)[seed], iterations=10))
     assert 0.15 < torch.tensor(values).median() < 2.5  # a few corners of the grid are outside of 0.2 to 2
     assert min(values) > 0.1
@@ -171,7 +179,7 @@ def test_curvature_does_not_depend_on_sizes(
 
 
 def test_what_lives_in_a_layer_is_called() -> None:
-    encoder, seen = AttentionEncoder(2, 4, 8, layers=2, inducing_points=3), set()
+    encoder, seen = AttentionEncoder(2, 4, 8, layers=2, inducing_points=3, pool="attention"), set()
     elements = torch.randn(2, 5, 2)
     expected = encoder(elements)
     layers = [module for module in encoder.modules() if isinstance(module, nn.Linear)]
@@ -185,8 +193,9 @@ def test_what_lives_in_a_layer_is_called() -> None:
 @pytest.mark.parametrize("options", [{}, {"checkpoint": True}, {"differentiate": "implicit"}])
 @pytest.mark.parametrize("clamp", [(0.0, 1.0), None])
 @POINTS
-def test_decodes_in_every_mode(points: int | None, clamp: Any, options: dict[str, Any]) -> None:
-    encoder = AttentionEncoder(2, 6, 8, heads=2, inducing_points=points, **DOUBLE)
+@POOLS
+def test_decodes_in_every_mode(pool: str, points: int | None, clamp: Any, options: dict[str, Any]) -> None:
+    encoder = AttentionEncoder(2, 6, 8, heads=2, inducing_points=points, pool=pool, **DOUBLE)
     decoder = DSPNDecoder(
         encoder, 3, mask_clamp=clamp, set_size=4, channels=2, anchor=0.1, repr_loss="mse", **options, **DOUBLE
     )
@@ -207,17 +216,19 @@ def test_decodes_in_every_mode(points: int | None, clamp: Any, options: dict[str
     torch.testing.assert_close(alone.elements, elements[1:2].detach())
 
 
-def test_decodes_what_it_encodes() -> None:
-    encoder = AttentionEncoder(2, 64, 128, **DOUBLE)
+@POOLS
+def test_decodes_what_it_encodes(pool: str) -> None:
+    encoder = AttentionEncoder(2, 64, 128, pool=pool, **DOUBLE)
     decoder = DSPNDecoder.recommended(encoder, set_size=4, channels=2)
     z = encoder(torch.randn(8, 4, 2, **DOUBLE)).detach()
     loss = decoder(z, iters=60, record=True).trajectory.repr_loss
     assert loss[-1].median() < 0.05 * loss[0].median()
 
 
-def test_compiles_once_for_all_sizes() -> None:
+@POOLS
+def test_compiles_once_for_all_sizes(pool: str) -> None:
     torch._dynamo.reset()
-    encoder, counter = AttentionEncoder(2, 4, 8), CompileCounter()
+    encoder, counter = AttentionEncoder(2, 4, 8, pool=pool), CompileCounter()
     compiled = torch.compile(encoder, fullgraph=True, dynamic=True, backend=counter)
     for size in (5, 8, 11):
         elements, mask = torch.randn(2, size, 2), torch.rand(2, size)
@@ -249,6 +260,7 @@ def test_large_logits_do_not_overflow() -> None:
         (ValueError, "`layers` must be at least 1, got 0", (2, 5), {"layers": 0}),
         (TypeError, "`heads` must be an integer, got 2.5", (2, 5), {"heads": 2.5}),
         (ValueError, "`inducing_points` must be at least 1, got 0", (2, 5), {"inducing_points": 0}),
+        (ValueError, "`pool` must be one of 'fspool', 'sum', .*, 'attention', got 'pma'", (2, 5), {"pool": "pma"}),
     ],
 )
 def test_refuses_numbers(
@@ -261,4 +273,5 @@ def test_refuses_numbers(
 def test_repr() -> None:
     text = repr(AttentionEncoder(2, 4, 8, inducing_points=3))
     assert text.startswith("AttentionEncoder(\n  2, 4, inducing_points=3\n")
-    assert "(pool): _Attention(" in text
+    assert "(pool): Pool(\n    'fspool'" in text
+    assert "(pool): _SeedAttention(" in repr(AttentionEncoder(2, 4, 8, pool="attention"))

@@ -180,8 +180,9 @@ def test_faults_are_found(fault: str) -> None:
         (lambda: PooledEncoder(C, 64, pool="max", size_feature=True), True),
         (lambda: PooledEncoder(C, 64).half(), True),
         (lambda: RelationEncoder(C, 64, 64), True),
-        (lambda: AttentionEncoder(C, 64, 64), False),
-        (lambda: AttentionEncoder(C, 64, 64, inducing_points=4), False),
+        (lambda: AttentionEncoder(C, 64, 64), True),
+        (lambda: AttentionEncoder(C, 64, 64, inducing_points=4), True),
+        (lambda: AttentionEncoder(C, 64, 64, pool="attention"), False),
     ],
 )
 @pytest.mark.parametrize("masked", [True, False])

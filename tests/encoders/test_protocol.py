@@ -19,17 +19,18 @@ POOLED = [PooledEncoder, RelationEncoder]
 POOLS = ["fspool", "sum", "mean", "max"]
 EVERY_CLASS = pytest.mark.parametrize("cls", [*POOLED, AttentionEncoder])
 EVERY_POOLED = pytest.mark.parametrize("cls", POOLED)
-# Of the attention, in place of a pool: whether all attend to all or to inducing points.
+# "points" and "seed" are "fspool" and "attention" with inducing points.
 EVERY_KIND = pytest.mark.parametrize(
-    ("cls", "pool"), [*product(POOLED, POOLS), (AttentionEncoder, "all"), (AttentionEncoder, "points")]
+    ("cls", "pool"), [*product(POOLED, POOLS), *product([AttentionEncoder], [*POOLS, "attention", "points", "seed"])]
 )
 DOUBLE = {"dtype": torch.float64}
 
 
 def build(cls: type[Encoder], pool: str = "fspool", *, out: int = 5, hidden: int = 6, **options: Any) -> Encoder:
     if cls is AttentionEncoder:
-        points = 3 if pool == "points" else None
-        return cls(2, out, hidden, heads=2 if hidden % 2 == 0 else 1, inducing_points=points, **options)
+        if pool in ("points", "seed"):
+            pool, options = "fspool" if pool == "points" else "attention", options | {"inducing_points": 3}
+        return cls(2, out, hidden, heads=2 if hidden % 2 == 0 else 1, pool=pool, **options)
     return cls(2, out, hidden, pool=pool, size_feature=True, **options)
 
 
@@ -92,6 +93,8 @@ def test_fspool_parts_equal_elements_and_other_pools_do_not(cls: type[Encoder], 
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.copy_(with_few_bits(torch.randn_like(parameter)))
+        for layer in encoder.layers if cls is AttentionEncoder else ():
+            layer.spread.out.weight.zero_()  # what is attended to has many bits
     elements, mask = with_few_bits(torch.randn(1, 6, 2, **DOUBLE)), with_few_bits(torch.rand(1, 6, **DOUBLE))
     elements[:, 3:5], mask[:, 3:5] = elements[:, :1], mask[:, :1]
     elements[:, 5], mask[:, 5] = elements[:, 1], mask[:, 1]
@@ -99,7 +102,7 @@ def test_fspool_parts_equal_elements_and_other_pools_do_not(cls: type[Encoder], 
     (of_elements,) = gradients(encoder, elements, mask, z)[0]
     assert not torch.allclose(of_elements, of_elements[:1])
     for i, j in ((0, 3), (0, 4), (3, 4), (1, 5)):
-        assert torch.allclose(of_elements[i], of_elements[j]) is (pool != "fspool")
+        assert torch.allclose(of_elements[i], of_elements[j]) is (pool not in ("fspool", "points"))
     # Which of the equal ones gets which gradient is a matter of order; which gradients there are is not.
     for _ in range(5):
         order = torch.randperm(6)
@@ -138,8 +141,8 @@ def test_an_empty_batch_gives_no_vectors(cls: type[Encoder], pool: str) -> None:
 @EVERY_KIND
 def test_first_and_second_derivatives(cls: type[Encoder], pool: str) -> None:
     encoder = build(cls, pool, out=3, hidden=3, **DOUBLE)
-    if pool == "fspool":
-        encoder.pool.fspool = FSPool(2, pieces=2, **DOUBLE)  # fewer parameters to perturb
+    if pool in ("fspool", "points"):
+        encoder.pool.fspool = FSPool(encoder.pool.fspool.in_channels, pieces=2, **DOUBLE)  # fewer to perturb
     for parameter in encoder.parameters():
         nn.init.normal_(parameter)
     names, parameters = zip(*encoder.named_parameters(), strict=True)
@@ -157,7 +160,7 @@ def test_first_and_second_derivatives(cls: type[Encoder], pool: str) -> None:
     ("cls", "pool"),
     [
         *[(PooledEncoder, "fspool"), (PooledEncoder, "max"), (RelationEncoder, "fspool")],
-        *[(AttentionEncoder, "all"), (AttentionEncoder, "points")],
+        *[(AttentionEncoder, "attention"), (AttentionEncoder, "points")],
     ],
 )
 def test_compiles_in_first_and_second_order(cls: type[Encoder], pool: str) -> None:

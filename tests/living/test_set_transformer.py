@@ -1,4 +1,4 @@
-"""AttentionEncoder is the set transformer of PyTorch Geometric, parameters copied, but for what its docstring adds."""
+"""With pool="attention", AttentionEncoder is PyTorch Geometric's set transformer, but for what its docstring adds."""
 
 import warnings
 
@@ -49,16 +49,16 @@ def copy_block(ours: _Attention, theirs: nn.Module) -> None:
 
 
 def both() -> tuple[AttentionEncoder, nn.Module]:
-    encoder = AttentionEncoder(3, 4, CHANNELS, layers=2, heads=HEADS, dtype=torch.float64)
+    encoder = AttentionEncoder(3, 4, CHANNELS, layers=2, heads=HEADS, pool="attention", dtype=torch.float64)
     for parameter in encoder.parameters():
         nn.init.normal_(parameter, std=0.5)
     theirs = aggr.SetTransformerAggregation(CHANNELS, num_encoder_blocks=2, num_decoder_blocks=0, heads=HEADS).double()
     with torch.no_grad():
         for ours, block in zip(encoder.layers, theirs.encoders, strict=True):
             copy_block(ours.spread, block.mab)
-        copy_block(encoder.pool, theirs.pma.mab)
+        copy_block(encoder.pool.attention, theirs.pma.mab)
         theirs.pma.lin.load_state_dict(encoder.feed.state_dict())
-        theirs.pma.seed.copy_(encoder.seed)
+        theirs.pma.seed.copy_(encoder.pool.seed)
     return encoder, theirs
 
 
