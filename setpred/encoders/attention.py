@@ -1,4 +1,4 @@
-"""AttentionEncoder: elements attend to each other, then a pool, or a learned query that attends to them all."""
+"""AttentionEncoder: elements attend to each other, then they are pooled."""
 
 from __future__ import annotations  # torch.compile cannot evaluate the annotations of nested functions
 
@@ -16,24 +16,25 @@ from setpred.encoders.scaling import divisor
 
 # Of the last layer. Both are fitted, so that the curvature of a fresh encoder is about 0.6.
 POOLED_GAIN = 1.1
-ATTENDED_GAIN = 0.65  # by a learned query
+ATTENDED_GAIN = 0.65  # with pool="attention"
 BRANCH = 0.5  # Of what a layer adds to the elements, over the square root of the number of layers.
 
 
 class AttentionEncoder(nn.Module):
-    r"""Set encoder whose elements attend to each other before they are pooled; as a Set Transformer or by FSPool.
+    r"""Set encoder whose elements attend to each other before they are pooled.
 
     .. math::
         X_0 &= W\,[y_i; m_i] + b, \qquad
         X_l = \mathrm{MAB}(X_{l-1}, X_{l-1}) \;\text{ or }\; \mathrm{MAB}(X_{l-1}, \mathrm{MAB}(I_l, X_{l-1})) \\
         R &= \operatorname{relu}(X_L W'' + b''), \qquad
-        H(Y) = \operatorname{pool}_i\,(R_i W' + b') \;\text{ or }\;
+        H(Y) = \tfrac{1}{\delta}\operatorname{pool}_i\,(R_i W' + b') \;\text{ or }\;
         \sqrt{1 + \textstyle\sum_j m_j}\; \mathrm{MAB}(s, R)\, W' + b' \\
         \mathrm{MAB}(X, Y) &= A + \operatorname{relu}(A W_f + b_f), \qquad A = X + \mathrm{Multihead}(X, Y, Y)
 
-    with learned inducing points I and, as the second form of H with ``pool="attention"``, a learned seed s. There is no
-    layer normalisation: on nearly equal elements it multiplies small differences, and the curvature of the inner loss
-    with them. In every head, the weight of element j for query i is
+    with learned inducing points I, the divisor :math:`\delta` of conditioned encoders
+    (:doc:`/concepts/inner_optimisation`) and, in the second form of H, with ``pool="attention"``, a learned query s.
+    There is no layer normalisation: on nearly equal elements it multiplies small differences, and the curvature of the
+    inner loss with them. In every head, the weight of element j for query i is
 
     .. math::
         a_{ij} = \frac{m_j \exp(m_j l_{ij})}{1 + \sum_k m_k \exp(m_k l_{ik})}, \qquad
@@ -46,12 +47,13 @@ class AttentionEncoder(nn.Module):
     number of rows that a set is padded to, and an empty set has a vector. Other pools take the rows of absent elements
     too, as in :class:`PooledEncoder`.
 
-    **For decoding** keep ``pool="fspool"``: elements that change nothing have no gradient, so that a descent to which
-    they became absent does not find back, and a learned query parts elements less well (:doc:`/choosing`).
+    **For decoding** keep ``pool="fspool"``: with ``"attention"`` decoders learn badly, since an element that changes
+    nothing has no gradient by which it could come back (:doc:`/masks`).
 
     **Equal elements** matter: weights that sum to one would be the same for {a} and {a, a}. The 1 in the denominator,
     an element of logit and value 0, tells them apart, and the square root brings a growth with the size that does not
-    fade. But with FSPool equal elements get equal gradients (:doc:`/concepts/multisets`).
+    fade. Except with FSPool, equal elements get equal gradients: start the descent from distinct ones, as
+    ``init="learned"`` and ``"random"`` do (:doc:`/concepts/multisets`).
 
     Args:
         in_channels: Features C of an element, without the mask.
@@ -61,8 +63,8 @@ class AttentionEncoder(nn.Module):
         heads: Number of heads of each attention.
         inducing_points: Number of learned points that stand between the elements, for time and memory that grow with N;
             None lets all attend to all, N^2.
-        pool: ``"fspool"``, ``"sum"``, ``"mean"``, ``"max"``, or a module ``(B, N, D) -> (B, D)``, as in
-            :class:`PooledEncoder`; or ``"attention"``, of a learned query, as in a Set Transformer.
+        pool: ``"fspool"``, ``"sum"``, ``"mean"``, ``"max"``; ``"attention"``, that of a Set Transformer, in which a
+            learned query attends to all elements; or a module ``(B, N, D) -> (B, D)``, which is never scaled.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
@@ -114,7 +116,7 @@ class AttentionEncoder(nn.Module):
         if isinstance(pool, nn.Module):
             self.pool = pool
         elif pool == "attention":
-            self.pool = _SeedAttention(hidden_channels, heads, **options)
+            self.pool = _AttentionPool(hidden_channels, heads, **options)
         else:
             check_choice("pool", pool, (*POOLS, "attention"))
             self.pool = Pool(pool, out_channels, **options)
@@ -122,14 +124,16 @@ class AttentionEncoder(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw new parameters; a pool of one's own is left alone."""
-        attended = isinstance(self.pool, _SeedAttention)
+        attended = isinstance(self.pool, _AttentionPool)
         _draw(self.embed)
         _draw(self.feed, 2**0.5)
         _draw(self.out, ATTENDED_GAIN * (self.in_channels + 1) ** 0.25 if attended else POOLED_GAIN)
         nn.init.normal_(self.embed.bias, std=(self.in_channels + 1) ** -0.5)  # zeros would hide elements at 0
-        for block in (*self.layers, self.pool):
-            if isinstance(block, _SelfAttention | _SeedAttention | Pool):
-                block.reset_parameters()
+        for layer in self.layers:
+            assert isinstance(layer, _SelfAttention)  # for mypy: nn.ModuleList forgets it
+            layer.reset_parameters()
+        if isinstance(self.pool, _AttentionPool | Pool):
+            self.pool.reset_parameters()
 
     def forward(self, elements: Tensor, mask: Tensor | None = None) -> Tensor:
         """Encode sets.
@@ -137,8 +141,8 @@ class AttentionEncoder(nn.Module):
         Args:
             elements: Shape ``(B, N, in_channels)``, N >= 1.
             mask: Bool or float in [0, 1], shape ``(B, N)``; None means that all are present. Where a bool mask is
-                False, elements may be anything, NaN included, and are taken for 0; where a float one is 0, anything
-                finite: its gradient asks what they would do.
+                False, elements may be anything, NaN included, and are taken for 0. Where a float one is 0, give zeros;
+                with ``pool="attention"`` anything finite, which only the gradient of the mask depends on.
 
         Returns:
             Shape ``(B, out_channels)``.
@@ -147,6 +151,7 @@ class AttentionEncoder(nn.Module):
             ValueError: If a shape is wrong.
             TypeError: If a dtype is wrong.
         """
+        attended = isinstance(self.pool, _AttentionPool)
         x, presence = joined(elements, mask, self.in_channels)
         if mask is not None and mask.dtype == torch.bool:
             x = x.masked_fill(~mask.unsqueeze(-1), 0)
@@ -154,14 +159,10 @@ class AttentionEncoder(nn.Module):
         for layer in self.layers:
             x = layer(x, presence)
         x = F.relu(self.feed(x))
-        vector: Tensor
-        if isinstance(self.pool, _SeedAttention):
-            vector = self.out(self.pool(x, presence))
-            return vector
-        size, inputs = presence.shape[1], self.in_channels + 1
-        vector = self.pool(self.out(x))
+        vector: Tensor = self.out(self.pool(x, presence)) if attended else self.pool(self.out(x))
         if isinstance(self.pool, Pool):
-            vector = vector / divisor("conditioned", self.pool, size, size, inputs, self.out_channels)
+            size = presence.shape[1]
+            vector = vector / divisor("conditioned", self.pool, size, size, self.in_channels + 1, self.out_channels)
         return vector
 
     @override
@@ -169,8 +170,8 @@ class AttentionEncoder(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, inducing_points={self.inducing_points}"
 
 
-class _SeedAttention(nn.Module):
-    """PMA: a learned query attends to the elements (B, N, H), times the root of how many they are: (B, H)."""
+class _AttentionPool(nn.Module):
+    """PMA: a learned query, the seed, attends to elements (B, N, H), times a root of how many there are: (B, H)."""
 
     def __init__(
         self, channels: int, heads: int, *, device: torch.device | str | None, dtype: torch.dtype | None
@@ -184,7 +185,7 @@ class _SeedAttention(nn.Module):
         self.attention.reset_parameters()
 
     def forward(self, x: Tensor, presence: Tensor) -> Tensor:
-        pooled: Tensor = self.attention(self.seed.expand(len(x), -1, -1), x, presence).squeeze(1)
+        pooled: Tensor = self.attention(self.seed.expand(x.shape[0], -1, -1), x, presence).squeeze(1)
         return pooled * (1 + presence.sum(1, keepdim=True)).sqrt()
 
 
@@ -223,7 +224,7 @@ class _SelfAttention(nn.Module):
         if self.points is None or self.gather is None:
             result = self.spread(x, x, presence)
         else:
-            gathered = self.gather(self.points.expand(len(x), -1, -1), x, presence)
+            gathered = self.gather(self.points.expand(x.shape[0], -1, -1), x, presence)
             result = self.spread(x, gathered, presence.new_ones(gathered.shape[:2]))
         return result
 

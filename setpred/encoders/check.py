@@ -28,8 +28,9 @@ class EncoderCheck(NamedTuple):
         verdicts: What is wrong and what to do; or that nothing is.
         ok: Whether nothing is wrong.
         out_channels: Size D of the vector, 0 where the encoder gives none.
-        absent_count: Whether elements of mask 0, or how many there are, change the vector. It is no fault: zeros in
-            their place and one number of rows make it the same for all; None where it was not found out.
+        absent_count: Whether elements of mask 0, or how many there are, change the vector. It is no fault: one that
+            changes nothing has no gradient to come back by, and zeros in their place and one number of rows make it
+            the same for all. None where it was not found out.
         curvature: Largest eigenvalue of :math:`J^T J / D`, J being the derivative of the vector with respect to
             elements and mask, at random starts; the median of a few. NaN where there is none.
 
@@ -47,7 +48,11 @@ class EncoderCheck(NamedTuple):
 
     @override
     def __str__(self) -> str:
-        counts = {True: "count: pad all sets to one size, with zeros", False: "do not count", None: "unknown"}
+        counts = {
+            True: "count: pad all sets to one size, with zeros",
+            False: "do not count, and so have no gradient to come back by",
+            None: "unknown",
+        }
         lines = [
             "Check of an encoder",
             f"  vector           {self.out_channels} features",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrize
 
-from setpred import AttentionEncoder, DSPNDecoder, FSPool, HungarianLoss
+from setpred import AttentionEncoder, DSPNDecoder, FSPool, HungarianLoss, PooledEncoder
 from setpred.encoders.attention import _Attention, _bounded
 from tests import oracles
 from tests.encoders.curvature import curvature, starts
@@ -156,8 +156,22 @@ def test_multiplicities_are_seen(pool: str, points: int | None) -> None:
 # Curvature
 
 
+@pytest.mark.parametrize("pool", ["fspool", "sum", "mean", "max"])
+def test_a_pool_by_name_is_divided_as_in_other_encoders(pool: str) -> None:
+    """One of one's own is not."""
+    elements = torch.randn(3, 7, 2, **DOUBLE)
+    ratios = []
+    for cls in (AttentionEncoder, PooledEncoder):
+        encoder, own = (cls(2, 6, 8, pool=pool, **DOUBLE) for _ in range(2))
+        own.load_state_dict(encoder.state_dict())
+        own.pool = nn.Sequential(own.pool)
+        ratios.append((own(elements) / encoder(elements)).flatten())
+    torch.testing.assert_close(torch.cat(ratios), ratios[0][:1].expand(36))
+    assert ratios[0][0] > 0
+
+
 @POINTS
-@pytest.mark.parametrize("pool", ["fspool", "sum", "mean", "max", "attention"])
+@pytest.mark.parametrize("pool", ["fspool", "sum", "attention"])
 @pytest.mark.parametrize("layers", [1, 4])
 @pytest.mark.parametrize("features", [16, 1024])
 @pytest.mark.parametrize("channels", [1, 18])
@@ -274,4 +288,4 @@ def test_repr() -> None:
     text = repr(AttentionEncoder(2, 4, 8, inducing_points=3))
     assert text.startswith("AttentionEncoder(\n  2, 4, inducing_points=3\n")
     assert "(pool): Pool(\n    'fspool'" in text
-    assert "(pool): _SeedAttention(" in repr(AttentionEncoder(2, 4, 8, pool="attention"))
+    assert "(pool): _AttentionPool(" in repr(AttentionEncoder(2, 4, 8, pool="attention"))

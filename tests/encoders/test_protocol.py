@@ -94,7 +94,7 @@ def test_fspool_parts_equal_elements_and_other_pools_do_not(cls: type[Encoder], 
         for parameter in encoder.parameters():
             parameter.copy_(with_few_bits(torch.randn_like(parameter)))
         for layer in encoder.layers if cls is AttentionEncoder else ():
-            layer.spread.out.weight.zero_()  # what is attended to has many bits
+            layer.spread.out.weight.zero_()  # what is attended to has many bits: attention has no part in this
     elements, mask = with_few_bits(torch.randn(1, 6, 2, **DOUBLE)), with_few_bits(torch.rand(1, 6, **DOUBLE))
     elements[:, 3:5], mask[:, 3:5] = elements[:, :1], mask[:, :1]
     elements[:, 5], mask[:, 5] = elements[:, 1], mask[:, 1]
